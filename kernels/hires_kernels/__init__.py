@@ -1,0 +1,1 @@
+"""Fused attention kernels for ultra-high-resolution diffusion. Imports nothing from hires."""
