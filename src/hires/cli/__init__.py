@@ -1,0 +1,60 @@
+"""The `hires` command line. One module per subcommand, imported only when its command is called.
+
+A subcommand module has `add_arguments(parser)` and `run(args) -> int | None`.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from hires import __version__
+from hires.errors import HiresError, unknown
+
+# name -> one line of help; the module is hires.cli.<name with "-" as "_">
+COMMANDS = {
+    "generate": "make images from a prompt, or from your own image",
+    "plan": "what a configuration will make, and about how long it takes",
+    "prompts": "stage: draw the prompts of a configuration",
+    "references": "stage: the reference images of a configuration",
+    "base": "stage: one shard of base latents",
+    "images": "stage: one shard of images of one variant",
+    "features": "stage: features of one image set",
+    "scores": "stage: scores of one image set",
+    "metrics": "stage: collect scores, intervals and paired tests into one tidy table",
+    "notebook": "stage: run one notebook on the results of a configuration",
+    "report": "stage: the HTML report of a configuration",
+    "provenance": "stage: what made the results of a configuration",
+    "run": "run every stage of a configuration in this process, without Snakemake",
+    "train": "train the embedded models",
+    "promote": "copy finished models or reference results into the tracked tree",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit code 0, or 2 with one line on stderr for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="hires", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"hires {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv)
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        module = importlib.import_module(f"hires.cli.{argv[0].replace('-', '_')}")
+        sub = argparse.ArgumentParser(
+            prog=f"hires {argv[0]}",
+            description=(module.__doc__ or COMMANDS[argv[0]]).strip(),
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(sub)
+        return module.run(sub.parse_args(argv[1:])) or 0
+    except HiresError as error:
+        print(f"hires {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hires {argv[0]}: interrupted; finished work is kept", file=sys.stderr)
+        return 130

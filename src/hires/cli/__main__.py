@@ -1,0 +1,5 @@
+import sys
+
+from hires.cli import main
+
+sys.exit(main())

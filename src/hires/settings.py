@@ -1,0 +1,73 @@
+"""Sampling settings: every number that shapes an image beside its model, prompt, seed, variant and size.
+
+A backbone family states its defaults (the papers' values); a model folder, the config and keyword arguments of
+`hires.generate` override them, in this order. `None` means "as the layer below says".
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hires.errors import HiresError, unknown
+
+LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
+
+
+class Sampling(BaseModel):
+    """Settings of one image. Frozen; unknown names are refused with the nearest right one (`Sampling.of`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_inference_steps: int | None = Field(None, ge=1, description="steps of the whole schedule")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="CFG weight (SDXL) or distilled guidance (FLUX)"
+    )
+    negative_prompt: str = Field("", description="SDXL's unconditional prompt")
+    prompt_suffix: str = Field(
+        "", description="appended to every prompt; the FLUX reference adds a quality suffix"
+    )
+    max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 encoder")
+    tau: float | None = Field(
+        None, gt=0, le=1000, description="step index in thousandths of the schedule at which a stage starts"
+    )
+    low_pass: LowPass = Field("bilinear", description="low-pass filter of LFM and SG")
+    lfm_factor: float | None = Field(None, gt=0, le=1, description="LFM's low-pass frequency factor f")
+    sg_factor: float | None = Field(None, gt=0, le=1, description="SG's low-pass frequency factor f")
+    upsampling: LowPass = Field("bicubic", description="interpolation of z_LU and of the decoded image")
+    reference: Literal["rgb", "latent"] = Field("rgb", description="Z_ref when LFM is off: z_RU or z_LU")
+    posterior: Literal["mode", "sample"] = Field("mode", description="VAE posterior on encode")
+    gamma: Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"] | None = Field(
+        None, description="SG weight over the schedule"
+    )
+    gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
+    text_rows: Literal["patch", "global"] = Field(
+        "patch", description="how text queries see the image under NPA"
+    )
+    random_shift: bool = Field(
+        False, description="NPA query window random shifting (ScaleDiff, appendix B.1)"
+    )
+    view_overlap: float = Field(
+        0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap"
+    )
+    view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
+    time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")
+    vae_tiling: bool | None = Field(None, description="tile the VAE; default: above 4 times the base area")
+    attention_backend: str = Field("auto", description="hires_kernels backend")
+
+    @classmethod
+    def of(cls, **fields) -> Self:
+        """Build settings from keyword arguments; HiresError names a wrong field or value in one line."""
+        for name in fields:
+            if name not in cls.model_fields:
+                raise unknown("setting", name, cls.model_fields)
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise HiresError(f"setting {name} = {first['input']!r}: {first['msg'].lower()}") from None
+
+    def over(self, base: "Sampling") -> "Sampling":
+        """These settings on top of `base`: a field that was given here and is not None wins."""
+        given = {k: v for k, v in self.model_dump(exclude_unset=True).items() if v is not None}
+        return Sampling.of(**{**base.model_dump(exclude_unset=True), **given})
