@@ -19,13 +19,9 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_inference_steps: int | None = Field(None, ge=1, description="steps of the whole schedule")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="CFG weight (SDXL) or distilled guidance (FLUX)"
-    )
+    guidance_scale: float | None = Field(None, ge=0, description="CFG weight (SDXL) or distilled guidance (FLUX)")
     negative_prompt: str = Field("", description="SDXL's unconditional prompt")
-    prompt_suffix: str = Field(
-        "", description="appended to every prompt; the FLUX reference adds a quality suffix"
-    )
+    prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
     max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 encoder")
     tau: float | None = Field(
         None, gt=0, le=1000, description="step index in thousandths of the schedule at which a stage starts"
@@ -40,15 +36,9 @@ class Sampling(BaseModel):
         None, description="SG weight over the schedule"
     )
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
-    text_rows: Literal["patch", "global"] = Field(
-        "patch", description="how text queries see the image under NPA"
-    )
-    random_shift: bool = Field(
-        False, description="NPA query window random shifting (ScaleDiff, appendix B.1)"
-    )
-    view_overlap: float = Field(
-        0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap"
-    )
+    text_rows: Literal["patch", "global"] = Field("patch", description="how text queries see the image under NPA")
+    random_shift: bool = Field(False, description="NPA query window random shifting (ScaleDiff, appendix B.1)")
+    view_overlap: float = Field(0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap")
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
     time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")
     vae_tiling: bool | None = Field(None, description="tile the VAE; default: above 4 times the base area")

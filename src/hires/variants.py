@@ -16,19 +16,11 @@ class Variant(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    start: Literal["base", "noise"] = Field(
-        "base", description="from the base image, or from noise at the target size"
-    )
-    stages: Literal["doubling", "single"] = Field(
-        "doubling", description="double side by side, or jump at once"
-    )
+    start: Literal["base", "noise"] = Field("base", description="from the base image, or from noise at the target size")
+    stages: Literal["doubling", "single"] = Field("doubling", description="double side by side, or jump at once")
     denoise: bool = Field(True, description="false: upsample the decoded base image only (control)")
-    attention: Literal["dense", "npa", "scale_dit"] = Field(
-        "dense", description="self-attention above the base size"
-    )
-    views: Literal["none", "multidiffusion"] = Field(
-        "none", description="run the whole model on overlapping views"
-    )
+    attention: Literal["dense", "npa", "scale_dit"] = Field("dense", description="self-attention above the base size")
+    views: Literal["none", "multidiffusion"] = Field("none", description="run the whole model on overlapping views")
     lfm: bool = Field(False, description="Latent Frequency Mixing")
     sg: bool = Field(False, description="Structure Guidance")
     adapter: str | None = Field(None, description="LoRA that the variant needs")
