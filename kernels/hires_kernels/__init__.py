@@ -1,1 +1,20 @@
-"""Fused attention kernels for ultra-high-resolution diffusion. Imports nothing from hires."""
+"""Attention over windows of a token grid, for ultra-high-resolution diffusion. Imports torch and nothing of hires.
+
+`neighborhood_patch_attention` is ScaleDiff's operation (arXiv 2510.25818), `local_attention` Scale-DiT's
+(arXiv 2510.16325). Tensors are (batch, tokens, heads, head_dim), grids row-major.
+"""
+
+from hires_kernels.backends import BACKENDS, Problem, explain
+from hires_kernels.errors import KernelError
+from hires_kernels.operations import local_attention, neighborhood_patch_attention
+from hires_kernels.rope import apply_rope
+
+__all__ = [
+    "BACKENDS",
+    "KernelError",
+    "Problem",
+    "apply_rope",
+    "explain",
+    "local_attention",
+    "neighborhood_patch_attention",
+]

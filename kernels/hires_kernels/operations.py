@@ -1,0 +1,187 @@
+"""The two public operations: check the input, choose a backend, run it."""
+
+import torch
+from torch import Tensor
+
+from hires_kernels.backends import Problem, choose
+from hires_kernels.errors import KernelError
+from hires_kernels.geometry import Grid
+from hires_kernels.orders import ORDERS
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def neighborhood_patch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Grid,
+    window: int | Grid,
+    text: Triple | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
+    text_rows: str = "patch",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """ScaleDiff's Neighborhood Patch Attention (arXiv 2510.25818, section 3.1): returns (image, text | None).
+
+    Along each axis queries form patches of side window // 2, and a patch sees the window of keys that begins
+    window // 4 before it, moved inwards at the border: window[0] · window[1] image keys for every query, and
+    every text key. Patch outputs go back in place; nothing overlaps.
+
+    Args:
+        query, key, value: image tensors (batch, height · width, heads, head_dim), row-major, query and key already
+            rotated at their global positions. Any strides.
+        grid: (height, width) in tokens.
+        window: side of the key window, or (rows, columns), in tokens: at least 2, at most the grid.
+        text: (query, key, value) of the text, each (batch, text tokens, heads, head_dim), not rotated.
+        rope: (cos, sin) of the image tokens, each (height · width, head_dim), in FLUX's layout. Text queries and
+            keys of a patch are rotated to the top-left token of the patch's window. None: text is not rotated.
+        shift: integer tensor (batch, 2), (row, column) offsets in 0 … window // 2, best kept on the CPU. The grid
+            of patches moves back by the offset and gains one patch an axis (appendix B.1). Padding has no key and
+            no output, but each patch counts in the mean of the text rows, one that holds only padding as well:
+            shift zero and no shift give the same image rows and different text rows.
+        text_rows: "patch": text queries attend to text and window of each patch, and their outputs are averaged
+            over the patches; "global": they attend once to text and all image keys, at the grid's first token.
+        scale: factor of the scores, head_dim ** -0.5 by default.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Raises:
+        KernelError: the shapes, window, shift, names or backend don't fit.
+    """
+    rows, cols = (window, window) if isinstance(window, int) else window
+    _check_tokens(query, key, value, grid)
+    _check_text(query, text)
+    if min(rows, cols) < 2:
+        raise KernelError(f"window {rows}x{cols}: a side must be at least 2 tokens")
+    if rows > grid[0] or cols > grid[1]:
+        raise KernelError(f"window {rows}x{cols} is larger than the grid {grid[0]}x{grid[1]}: allowed: up to the grid")
+    _check_name("text_rows", text_rows, ("patch", "global"))
+    if rope is not None and any(x.shape != (query.shape[1], query.shape[3]) for x in rope):
+        shapes = ", ".join(str(tuple(x.shape)) for x in rope)
+        raise KernelError(f"rope of shapes {shapes}: must be (cos, sin), each {(query.shape[1], query.shape[3])}")
+    if shift is not None:
+        _check_shift(shift, len(query), (rows, cols))
+    return choose(backend, _problem("neighborhood_patch_attention", query)).neighborhood_patch_attention(
+        query,
+        key,
+        value,
+        grid=grid,
+        window=(rows, cols),
+        text=text,
+        rope=None if rope is None else (rope[0].to(query.device), rope[1].to(query.device)),
+        shift=shift,
+        text_rows=text_rows,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Grid,
+    radius: int | None = None,
+    window: int | None = None,
+    text: Triple | None = None,
+    guidance: tuple[Tensor, Tensor] | None = None,
+    guidance_grid: Grid | None = None,
+    guidance_neighbours: str = "row",
+    order: str = "hilbert",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Scale-DiT's local attention (arXiv 2510.16325, section 3.2): returns (image, text | None).
+
+    An image query sees all text keys, the image keys near it and the guidance keys of the same place. Text
+    queries see all text and image keys and no guidance.
+
+    Args:
+        query, key, value: image tensors (batch, height · width, heads, head_dim), row-major, already rotated.
+        grid: (height, width) in tokens.
+        radius: image keys at most this many tokens away in row and in column: a box around the query. Or
+        window: image keys of the query's own window in a fixed tiling of this side. One of the two, at least 1.
+        text: (query, key, value) of the text, each (batch, text tokens, heads, head_dim), already rotated.
+        guidance: (key, value) of a low-resolution image, each (batch, rows · columns, heads, head_dim), rotated.
+        guidance_grid: its (rows, columns). Its windows have side max(1, r / s) tokens, r being 2 · radius or
+            window and s the ratio of the grids. A query sees the guidance window that holds its place, and
+        guidance_neighbours: the windows to its left and right ("row") or all eight around it ("all").
+        order: order in which tokens are visited, "hilbert", "window" or "raster". Never changes the result.
+        scale: factor of the scores, head_dim ** -0.5 by default.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Raises:
+        KernelError: the shapes, sizes, names or backend don't fit.
+    """
+    _check_tokens(query, key, value, grid)
+    _check_text(query, text)
+    if radius is not None and window is None:
+        form, reach = "radius", radius
+    elif window is not None and radius is None:
+        form, reach = "window", window
+    else:
+        raise KernelError(f"radius {radius} and window {window}: give one of the two")
+    if reach < 1:
+        raise KernelError(f"{form} {reach}: must be at least 1 token")
+    if (guidance is None) != (guidance_grid is None):
+        raise KernelError("guidance and guidance_grid go together: give both or neither")
+    if guidance is not None and guidance_grid is not None:
+        expected = (len(query), guidance_grid[0] * guidance_grid[1], *query.shape[2:])
+        if any(x.shape != expected for x in guidance):
+            shapes = ", ".join(str(tuple(x.shape)) for x in guidance)
+            raise KernelError(f"guidance of shapes {shapes}: must be (key, value), each {expected}")
+    _check_name("guidance_neighbours", guidance_neighbours, ("row", "all"))
+    _check_name("order", order, ORDERS)
+    return choose(backend, _problem("local_attention", query)).local_attention(
+        query,
+        key,
+        value,
+        grid=grid,
+        form=form,
+        reach=reach,
+        text=text,
+        guidance=guidance,
+        guidance_grid=guidance_grid,
+        guidance_neighbours=guidance_neighbours,
+        order=order,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _problem(operation: str, query: Tensor) -> Problem:
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad)
+
+
+def _check_name(kind: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise KernelError(f"unknown {kind} {given!r}: allowed: {', '.join(allowed)}")
+
+
+def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> None:
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    if query.ndim != 4 or len(set(shapes)) > 1:
+        raise KernelError(f"query, key, value of shapes {shapes}: must share one (batch, tokens, heads, head_dim)")
+    if query.shape[1] != grid[0] * grid[1]:
+        raise KernelError(f"{query.shape[1]} image tokens: a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
+
+
+def _check_text(query: Tensor, text: Triple | None) -> None:
+    if text is None:
+        return
+    batch, _, heads, head_dim = query.shape
+    shapes = [tuple(x.shape) for x in text]
+    if len(shapes) != 3 or len(set(shapes)) > 1 or shapes[0] != (batch, text[0].shape[1], heads, head_dim):
+        allowed = f"({batch}, text tokens, {heads}, {head_dim})"
+        raise KernelError(f"text of shapes {shapes}: must be (query, key, value), each {allowed}")
+
+
+def _check_shift(shift: Tensor, batch: int, window: Grid) -> None:
+    if shift.shape != (batch, 2) or shift.is_floating_point():
+        raise KernelError(f"shift {shift.dtype} of shape {tuple(shift.shape)}: must be an integer tensor ({batch}, 2)")
+    most = shift.new_tensor([side // 2 for side in window])
+    if ((shift < 0) | (shift > most)).any():
+        raise KernelError(f"shift {shift.tolist()}: allowed: 0 … {most.tolist()} per (row, column)")

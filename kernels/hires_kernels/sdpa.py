@@ -1,0 +1,204 @@
+"""Gathered windows and PyTorch's scaled_dot_product_attention: the CPU's fast path.
+
+Queries are cut into tiles of one size. All queries of a tile share one block of keys, gathered once; where they
+don't see the same part of it, a mask of the tile says so. Ragged tiles at the border are filled up with
+repeated queries, whose outputs are dropped.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hires_kernels.geometry import Grid, Intervals, local_spans, patches
+from hires_kernels.orders import inverse, permutation
+from hires_kernels.rope import rotate
+
+Triple = tuple[Tensor, Tensor, Tensor]
+MASK_ELEMENTS = 2**24  # masks are built for as many tiles at a time as fit into this many elements
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """SDPA over (batch, tokens, heads, head_dim); mask (batch, queries, keys)."""
+    mask = mask if mask is None else mask[:, None]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def neighborhood_patch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Grid,
+    window: Grid,
+    text: Triple | None,
+    rope: tuple[Tensor, Tensor] | None,
+    shift: Tensor | None,
+    text_rows: str,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    options = {"grid": grid, "window": window, "rope": rope, "text_rows": text_rows, "scale": scale}
+    if shift is None:
+        return _npa(query, key, value, text=text, offsets=(None, None), **options)
+    outputs = [
+        _npa(
+            *(x[sample, None] for x in (query, key, value)),
+            text=None if text is None else tuple(x[sample, None] for x in text),
+            offsets=tuple(offsets),
+            **options,
+        )
+        for sample, offsets in enumerate(shift.tolist())
+    ]
+    images, texts = zip(*outputs)
+    return torch.cat(images), None if text is None else torch.cat(texts)
+
+
+class _NpaAxis(NamedTuple):
+    """Patches of one axis: token indices (patches, side), window starts (patches,), place of the first token."""
+
+    queries: Tensor
+    windows: Tensor
+    first: int
+
+
+def _npa_axis(length: int, window: int, offset: int | None) -> _NpaAxis:
+    if window == length:  # every patch has this window: one patch does
+        return _NpaAxis(torch.arange(length)[None], torch.zeros(1, dtype=torch.long), first=0)
+    side = window // 2
+    windows = torch.tensor([patch.window for patch in patches(length, window, offset)])
+    offset = offset or 0
+    queries = (torch.arange(len(windows) * side) - offset).clamp(0, length - 1).view(-1, side)
+    return _NpaAxis(queries, windows, first=offset)
+
+
+def _npa(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale):
+    rows, cols = (_npa_axis(*axis) for axis in zip(grid, window, offsets))
+    batch, device, tiles = len(query), query.device, (len(rows.windows), len(cols.windows))
+
+    def gather(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        """Tokens at (tile rows, m) x (tile columns, n): (batch · tiles, m · n, heads, head_dim)."""
+        index = row[:, None, :, None] * grid[1] + col[None, :, None, :]
+        picked = x.index_select(1, index.flatten().to(device))
+        return picked.unflatten(1, (tiles[0] * tiles[1], -1)).flatten(0, 1)
+
+    seen = [axis.windows[:, None] + torch.arange(side) for axis, side in zip((rows, cols), window)]
+    queries = gather(query, rows.queries, cols.queries)
+    keys, values = gather(key, *seen), gather(value, *seen)
+    if text is not None:
+        corners = (rows.windows[:, None] * grid[1] + cols.windows).flatten().to(device)
+
+        def per_tile(x: Tensor, rotated: bool) -> Tensor:
+            """Text (batch, tokens, heads, head_dim) for each tile, at the place of its window's first token."""
+            if rotated and rope is not None:
+                x = rotate(x[:, None], *(part[corners][:, None, None] for part in rope))
+            else:
+                x = x[:, None].expand(-1, len(corners), -1, -1, -1)
+            return x.flatten(0, 1)
+
+        keys = torch.cat([per_tile(text[1], rotated=True), keys], dim=1)
+        values = torch.cat([per_tile(text[2], rotated=False), values], dim=1)
+        if text_rows == "patch":
+            queries = torch.cat([per_tile(text[0], rotated=True), queries], dim=1)
+    output = _attend(queries, keys, values, scale)
+
+    text_output = None
+    if text is not None and text_rows == "patch":
+        text_output, output = output.split([text[0].shape[1], output.shape[1] - text[0].shape[1]], dim=1)
+        text_output = text_output.unflatten(0, (batch, -1)).mean(1)
+    elif text is not None:
+        first = [text[i] if rope is None else rotate(text[i], *(part[0] for part in rope)) for i in (0, 1)]
+        text_output = _attend(first[0], torch.cat([first[1], key], 1), torch.cat([text[2], value], 1), scale)
+
+    sides = rows.queries.shape[1], cols.queries.shape[1]
+    canvas = output.unflatten(0, (batch, *tiles)).unflatten(3, sides).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    image = canvas[:, rows.first : rows.first + grid[0], cols.first : cols.first + grid[1]]
+    return image.flatten(1, 2), text_output
+
+
+class _LocalAxis(NamedTuple):
+    """Tiles of one axis: queries (tiles, side); for each grid of keys, keys (tiles, m) and mask (tiles, side, m)."""
+
+    queries: Tensor
+    keys: list[Tensor]
+    masks: list[Tensor]
+
+
+def _local_axis(length: int, side: int, spans: list[Intervals], key_lengths: list[int]) -> _LocalAxis:
+    queries = torch.arange(-(-length // side) * side).clamp(max=length - 1).view(-1, side)
+    keys, masks = [], []
+    for (low, high), key_length in zip(spans, key_lengths):
+        first, last = low[queries].amin(1), high[queries].amax(1)
+        index = first[:, None] + torch.arange(int((last - first).max()))
+        masks.append((low[queries][..., None] <= index[:, None]) & (index[:, None] < high[queries][..., None]))
+        keys.append(index.clamp(max=key_length - 1))
+    return _LocalAxis(queries, keys, masks)
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Grid,
+    form: str,
+    reach: int,
+    text: Triple | None,
+    guidance: tuple[Tensor, Tensor] | None,
+    guidance_grid: Grid | None,
+    guidance_neighbours: str,
+    order: str,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    device, batch = query.device, len(query)
+    sources = [(key, value, grid)]
+    if guidance is not None and guidance_grid is not None:
+        sources.append((*guidance, guidance_grid))
+    spans = local_spans(grid, form, reach, guidance_grid, guidance_neighbours)
+
+    axes = []
+    for axis, length in enumerate(grid):
+        covered = form == "radius" and reach >= length - 1
+        side = length if covered else min(length, reach if form == "window" else max(reach, 4))
+        axes.append(_local_axis(length, side, [s[axis] for s in spans], [source[2][axis] for source in sources]))
+    rows, cols = axes
+    tiles = len(rows.queries), len(cols.queries)
+    sides = rows.queries.shape[1], cols.queries.shape[1]
+    visits = permutation(order, tiles)
+
+    masked = not all(mask.all() for axis in axes for mask in axis.masks)
+    key_count = sum(r.shape[1] * c.shape[1] for r, c in zip(rows.keys, cols.keys))
+    at_once = max(1, MASK_ELEMENTS // (sides[0] * sides[1] * key_count)) if masked else len(visits)
+
+    outputs = []
+    for part in visits.split(at_once):
+        row, col = part // tiles[1], part % tiles[1]
+
+        def gather(x: Tensor, row_index: Tensor, col_index: Tensor, width: int) -> Tensor:
+            index = row_index[:, :, None] * width + col_index[:, None, :]
+            return x.index_select(1, index.flatten().to(device)).unflatten(1, (len(index), -1)).flatten(0, 1)
+
+        keys, values, masks = [], [], []
+        for i, (source_key, source_value, (_, width)) in enumerate(sources):
+            keys.append(gather(source_key, rows.keys[i][row], cols.keys[i][col], width))
+            values.append(gather(source_value, rows.keys[i][row], cols.keys[i][col], width))
+            down, across = rows.masks[i][row].to(device), cols.masks[i][col].to(device)
+            masks.append((down[:, :, None, :, None] & across[:, None, :, None, :]).flatten(3).flatten(1, 2))
+        if text is not None:
+            keys.append(text[1].repeat_interleave(len(part), dim=0))
+            values.append(text[2].repeat_interleave(len(part), dim=0))
+            masks.append(masks[0].new_ones(len(part), sides[0] * sides[1], text[1].shape[1]))
+        mask = torch.cat(masks, dim=2).repeat(batch, 1, 1) if masked else None
+        queries = gather(query, rows.queries[row], cols.queries[col], grid[1])
+        output = _attend(queries, torch.cat(keys, 1), torch.cat(values, 1), scale, mask)
+        outputs.append(output.unflatten(0, (batch, -1)))
+
+    row, col = torch.arange(grid[0])[:, None], torch.arange(grid[1])[None]
+    tile = inverse(visits)[row // sides[0] * tiles[1] + col // sides[1]]
+    places = (tile * sides[0] + row % sides[0]) * sides[1] + col % sides[1]
+    image = torch.cat(outputs, 1).flatten(1, 2).index_select(1, places.flatten().to(device))
+    if text is None:
+        return image, None
+    text_keys, text_values = torch.cat([text[1], key], 1), torch.cat([text[2], value], 1)
+    return image, _attend(text[0], text_keys, text_values, scale)
