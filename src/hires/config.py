@@ -1,0 +1,491 @@
+"""The configuration: one typed model of everything that a reproduction is made from.
+
+`load_config` reads a YAML file, validates it once and turns every mistake into one line that says where it is, what was
+given and what is allowed. `python -m hires.config` writes the JSON schema and the table of keys in `config/README.md`.
+"""
+
+import json
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from hires.errors import HiresError, unknown
+from hires.settings import Sampling
+from hires.variants import VARIANTS, Variant
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # one expression for schema, file names and Snakemake wildcards
+SIZE = r"[1-9][0-9]*x[1-9][0-9]*"
+HINTS = {  # what a pattern means, for the error and the README
+    f"^{NAME}$": "letters, digits and . _ + -, starting with a letter or digit",
+    f"^{SIZE}$": "height x width in pixels, such as 512x768",
+    "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
+}
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
+
+Score = Literal[
+    "fid", "kid", "is", "clip", "fid_patch", "kid_patch", "is_patch",
+    "count", "colours", "repetition", "spectrum", "seconds", "peak_bytes",
+]  # fmt: skip
+
+
+def _distinct(values: list) -> list:
+    twice = sorted({str(v) for v in values if values.count(v) > 1})
+    if twice:
+        raise HiresError(f"named twice: {', '.join(twice)}; name each once")
+    return values
+
+
+Names = Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class Section(BaseModel):
+    """A fixed part of the configuration: unknown keys are refused, values don't change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Section):
+    """Which column of the source holds what. Upper and lower case don't matter."""
+
+    url: str | None = Field("URL", description="address of the image; null where the source has none")
+    text: str = Field("TEXT", description="caption, the prompt")
+    width: str = Field("WIDTH", description="width of the image in pixels; optional unless filters.min_side is set")
+    height: str = Field("HEIGHT", description="height of the image in pixels; optional unless filters.min_side is set")
+    similarity: str = Field("similarity", description="CLIP similarity of image and caption")
+    punsafe: str = Field("punsafe", description="probability that the image is unsafe")
+    pwatermark: str = Field("pwatermark", description="probability that the image bears a watermark")
+    aesthetic: str = Field("AESTHETIC_SCORE", description="predicted aesthetic score")
+    hash: str = Field("hash", description="the row's own key; optional, without it the key is (url, text)")
+
+
+class Filters(Section):
+    """Which rows may be drawn. null switches a filter off, and its column is then not needed."""
+
+    min_side: int | None = Field(None, ge=1, description="smallest shorter side, pixels")
+    max_punsafe: float | None = Field(None, ge=0, le=1, description="largest probability of being unsafe")
+    max_pwatermark: float | None = Field(None, ge=0, le=1, description="largest probability of a watermark")
+    min_aesthetic: float | None = Field(None, description="smallest aesthetic score")
+    min_similarity: float | None = Field(None, description="smallest CLIP similarity")
+    min_characters: int | None = Field(1, ge=1, description="shortest caption, white space at both ends not counted")
+    max_characters: int | None = Field(None, ge=1, description="longest caption")
+    drop_duplicates: bool = Field(
+        True, description="keep one row of those whose captions differ in case and white space only"
+    )
+
+
+class ScenePool(Section):
+    """The embedded source: captions of held-out scenes, in LAION's schema."""
+
+    pool: int = Field(2000, ge=1, description="number of held-out scenes to draw from")
+    width: int = Field(512, ge=1, description="WIDTH that the source states, pixels")
+    height: int = Field(512, ge=1, description="HEIGHT that the source states, pixels")
+
+
+class Prompts(Section):
+    """Where the prompts come from, and which are drawn."""
+
+    source: str = Field("scenes", description="scenes (embedded), or a parquet file, a folder of them, or a glob")
+    n: int = Field(16, ge=1, description="number of prompts; a smaller n draws the first of the same list")
+    seed: int = Field(0, ge=0, description="another seed draws another list")
+    columns: Columns = Field(default_factory=Columns, description="column names of the source")
+    filters: Filters = Field(default_factory=Filters, description="which rows may be drawn")
+    scenes: ScenePool = Field(default_factory=ScenePool, description="size of the embedded source")
+
+
+class BackboneEntry(Section):
+    """A model under a name of its own: the same model may stand here twice with other settings."""
+
+    model: str = Field(description="tiny-flux, tiny-sdxl, flux-dev, sdxl, a diffusers folder or a hub id")
+    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: untrained, for dry runs")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the model")
+    base_resolution: int = Field(1024, ge=1, description="side of the square that the model was trained at, pixels")
+    size_multiple: int = Field(64, ge=1, description="sides of every stage are multiples of this, pixels")
+    sampling: Sampling = Field(default_factory=Sampling, description="settings on top of the model's own")
+
+
+class Study(Section):
+    """Images to make: every backbone x variant x size x setting of the study."""
+
+    backbones: Names = Field(description="names from backbones")
+    variants: Names = Field(description="built-in variants, or names from variants")
+    sizes: dict[Size, Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="height x width in pixels -> how many prompts, the first of the list"
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        [0], description="one image per prompt and seed"
+    )
+    settings: dict[Name, Sampling] = Field(
+        default_factory=lambda: {"default": Sampling()},
+        min_length=1,
+        description="name -> sampling settings on top of the backbone's",
+    )
+
+
+class Compute(Section):
+    """How the work is split and where it runs. None of it changes an image."""
+
+    shard_size: int = Field(8, ge=1, description="prompts in one job")
+    batch_size: int = Field(1, ge=1, description="images denoised together")
+    device: Annotated[str, StringConstraints(pattern="^(auto|cpu|cuda(:[0-9]+)?)$")] = Field(
+        "auto", description="auto takes a GPU where there is one"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of one job")
+    image_format: Literal["png", "tiff"] = Field(
+        "png", description="both lossless; tiff is uncompressed and written faster"
+    )
+
+
+class Patch(Section):
+    """Crops at native resolution for the patch scores: the same boxes for every variant."""
+
+    size: int = Field(
+        128, ge=1, description="side of a crop, pixels; the feature model's input, so that none is resized"
+    )
+    per_image: int = Field(10, ge=1, description="crops of one image")
+    seed: int = Field(0, ge=0, description="draws the boxes")
+
+
+class Metrics(Section):
+    """Scores and their protocol."""
+
+    features: Literal["tiny-clip", "inception"] = Field("tiny-clip", description="feature model of FID, KID and IS")
+    clip: str = Field("tiny-clip", description="pair of encoders of the CLIP score: tiny-clip, a folder or a hub id")
+    scores: Annotated[list[Score], Field(min_length=1), AfterValidator(_distinct)] = Field(
+        list(get_args(Score)), description="scores to compute"
+    )
+    patch: Patch = Field(default_factory=Patch, description="crops of the patch scores")
+    kid_subset_size: int = Field(1000, ge=2, description="images in one KID subset; KID is undefined below")
+    kid_subsets: int = Field(100, ge=1, description="number of KID subsets")
+    bootstrap: int = Field(1000, ge=1, description="resamples of an interval")
+    minimum_n: int = Field(2048, ge=1, description="FID, KID and IS of fewer images are flagged")
+
+
+class Config(Section):
+    """Everything that a reproduction is made from."""
+
+    extends: str | None = Field(None, description="another configuration, relative to this file, that this one edits")
+    name: Name = Field(description="outputs go to results/<name>/")
+    prompts: Prompts = Field(default_factory=Prompts, description="source and choice of the prompts")
+    backbones: dict[Name, BackboneEntry] = Field(min_length=1, description="name -> model and its settings")
+    own_variants: dict[Name, Variant] = Field(
+        default_factory=dict, alias="variants", description="name -> a variant added to the built-in ones"
+    )
+    studies: dict[Name, Study] = Field(min_length=1, description="name -> images to make")
+    compute: Compute = Field(default_factory=Compute, description="split of the work, device")
+    metrics: Metrics = Field(default_factory=Metrics, description="scores and their protocol")
+    notebooks: dict[Name, dict[str, Any]] = Field(
+        default_factory=dict, description="notebook in notebooks/ -> values of its parameters cell"
+    )
+
+    @model_validator(mode="after")
+    def _names_and_sizes(self) -> Self:
+        for name in self.own_variants:
+            if name in VARIANTS:
+                raise HiresError(f"variants.{name}: a built-in variant has this name; choose another one")
+        for name, study in self.studies.items():
+            for backbone in study.backbones:
+                if backbone not in self.backbones:
+                    raise _at(f"studies.{name}.backbones", unknown("backbone", backbone, self.backbones))
+            for variant in study.variants:
+                if variant not in self.variants():
+                    raise _at(f"studies.{name}.variants", unknown("variant", variant, self.variants()))
+            for size, n in study.sizes.items():
+                place = f"studies.{name}.sizes.{size}"
+                if n > self.prompts.n:
+                    raise HiresError(
+                        f"{place} = {n}: more than prompts.n = {self.prompts.n}; raise prompts.n or ask for fewer"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _amounts(self) -> Self:
+        if self.prompts.source == "scenes" and self.prompts.scenes.pool < self.prompts.n:
+            raise HiresError(
+                f"prompts.scenes.pool = {self.prompts.scenes.pool}: fewer than prompts.n = {self.prompts.n}; raise it"
+            )
+        side = min(min(parse_size(size)) for study in self.studies.values() for size in study.sizes)
+        if any(score.endswith("_patch") for score in self.metrics.scores) and self.metrics.patch.size > side:
+            raise HiresError(
+                f"metrics.patch.size = {self.metrics.patch.size}: larger than the shortest image side, {side}"
+            )
+        return self
+
+    def variants(self) -> dict[str, Variant]:
+        """The built-in variants and this configuration's own."""
+        return {**VARIANTS, **self.own_variants}
+
+    @property
+    def root(self) -> Path:
+        """Folder of every output, relative to the working directory."""
+        return Path("results") / self.name
+
+    def sampling(self, study: str, setting: str, backbone: str) -> Sampling:
+        """Settings that this configuration states; the backbone's own defaults come under them."""
+        for kind, name, table in (("study", study, self.studies), ("backbone", backbone, self.backbones)):
+            if name not in table:
+                raise unknown(kind, name, table)
+        settings = self.studies[study].settings
+        if setting not in settings:
+            raise unknown("setting", setting, settings)
+        return settings[setting].over(self.backbones[backbone].sampling)
+
+    def image_sets(self) -> list["ImageSet"]:
+        """Every image set, in the order of the file."""
+        return [
+            ImageSet(name, setting, backbone, variant, *parse_size(size), n, tuple(study.seeds))
+            for name, study in self.studies.items()
+            for setting in study.settings
+            for backbone in study.backbones
+            for size, n in study.sizes.items()
+            for variant in study.variants
+        ]
+
+    def image_set(self, study: str, setting: str, backbone: str, variant: str, height: int, width: int) -> "ImageSet":
+        """The image set of these names; HiresError names the first one that the configuration lacks."""
+        if study not in self.studies:
+            raise unknown("study", study, self.studies)
+        entry, size = self.studies[study], f"{height}x{width}"
+        for kind, name, names in (
+            ("setting", setting, entry.settings),
+            ("backbone", backbone, entry.backbones),
+            ("variant", variant, entry.variants),
+            ("size", size, entry.sizes),
+        ):
+            if name not in names:
+                raise unknown(f"{kind} of study {study!r}", name, names)
+        return ImageSet(study, setting, backbone, variant, height, width, entry.sizes[size], tuple(entry.seeds))
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one variant at one size: the first `n` prompts, each with every seed."""
+
+    study: str
+    setting: str
+    backbone: str
+    variant: str
+    height: int
+    width: int
+    n: int
+    seeds: tuple[int, ...]
+
+    @property
+    def size(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels of "512x768"."""
+    if not re.fullmatch(SIZE, text):
+        raise HiresError(f"size {text!r}: write {HINTS[f'^{SIZE}$']}")
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, merge (`extends`, then `overrides`) and validate a configuration.
+
+    What is merged into a section with fixed keys replaces single keys; tables of your own names (backbones, variants,
+    studies, notebooks) and lists are replaced as a whole. HiresError, one line, for anything that isn't right.
+    """
+    data = _read(Path(path), ())
+    if overrides:
+        data = _merge(data, overrides, Config)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise HiresError(f"{path}: {_one_line(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise HiresError(f"{path}: extends itself, by way of {chain[-1].name}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no .yaml files"
+        raise HiresError(f"configuration {path} does not exist; {path.parent} holds: {others}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HiresError(f"configuration {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise HiresError(f"{path}, line {line}: {error.problem}; the file must be YAML") from None
+    except yaml.YAMLError as error:
+        raise HiresError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        given = "empty" if data is None else f"a {type(data).__name__}"
+        raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(Config))}), but it is {given}")
+    if isinstance(data.get("extends"), str):
+        data = _merge(_read(path.parent / data["extends"], (*chain, path.resolve())), data, Config)
+    return data
+
+
+def _merge(base: Mapping[str, Any], edit: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in edit.items():
+        section = _keys(model).get(key)
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
+            if isinstance(section, type) and issubclass(section, Section):
+                value = _merge(base[key], value, section)
+        merged[key] = value
+    return merged
+
+
+def _keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Key as written in YAML -> type."""
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _at(place: str, error: HiresError) -> HiresError:
+    return HiresError(f"{place}: {error}")
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake in a validation error, in our words."""
+    mistakes = error.errors(include_url=False)
+    first, more = mistakes[0], len(mistakes) - 1
+    names = [str(part) for part in first["loc"] if part != "[key]"]
+    place, given, kind = ".".join(names), first["input"], first["type"]
+    if kind == "extra_forbidden":
+        allowed = _keys(_model_at(names[:-1]))
+        text = str(_at(place, unknown("key", names[-1], allowed)))
+    elif kind == "missing":
+        text = f"{place}: missing; {_description(names)}"
+    elif kind == "value_error":
+        cause = first["ctx"]["error"]
+        text = f"{place}: {cause}" if place else str(cause)
+    elif kind == "literal_error":
+        text = f"{place} = {given!r}: {_nearest(given, first['ctx']['expected'])}"
+    elif kind == "string_pattern_mismatch":
+        text = f"{place} = {given!r}: write {HINTS[first['ctx']['pattern']]}"
+    elif kind in ("model_type", "dict_type", "model_attributes_type"):
+        text = f"{place} = {given!r}: must be a mapping, key: value"
+    elif kind == "string_type":
+        text = f"{place} = {given!r}: must be text; quote it: {str(given)!r}"
+    else:
+        text = f"{place} = {given!r}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names)})"
+    return text + (f" (and {more} more mistake{'s' * (more > 1)})" if more else "")
+
+
+def _nearest(given: Any, expected: str) -> str:
+    near = get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1, cutoff=0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"allowed: {expected.replace(chr(39), '')}"
+
+
+def _walk(names: Iterable[str]) -> Iterator[tuple[Any, str]]:
+    """(type, description) at each step from the root along the names of a place."""
+    here: Any = Config
+    for name in names:
+        here = _plain(here)
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            fields = {field.alias or key: field for key, field in here.model_fields.items()}
+            if name not in fields:
+                return
+            here, description = fields[name].annotation, fields[name].description or ""
+        else:
+            here, description = (get_args(here) or (Any,))[-1], ""
+        yield here, description
+
+
+def _plain(kind: Any) -> Any:
+    """Without Annotated and None."""
+    while get_origin(kind) is Annotated or get_origin(kind) in (Union, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    return kind
+
+
+def _model_at(names: list[str]) -> type[BaseModel]:
+    return _plain([Config, *(kind for kind, _ in _walk(names))][-1])
+
+
+def _description(names: list[str]) -> str:
+    return next((text for _, text in reversed(list(_walk(names))) if text), "")
+
+
+def json_schema() -> str:
+    """The configuration's JSON schema, for editors."""
+    schema = Config.model_json_schema(by_alias=True)
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+
+
+def key_table() -> str:
+    """The Markdown table of all keys for config/README.md."""
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(Config, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        key, kind = prefix + (field.alias or name), _plain(field.annotation)
+        inner = _plain(get_args(kind)[-1]) if get_origin(kind) is dict else kind
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        default = "required" if field.is_required() else "" if nested or get_origin(kind) is dict else _yaml(field)
+        yield f"`{key}`", _type_name(field.annotation), default, field.description or ""
+        if nested and inner not in (Sampling, Variant):
+            yield from _rows(inner, f"{key}.{'<name>.' if inner is not kind else ''}")
+    if prefix == "":
+        yield from _rows(Sampling, "<sampling>.")
+        yield from _rows(Variant, "<variant>.")
+
+
+def _yaml(field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    return f"`{'null' if default is None else json.dumps(default, ensure_ascii=False)}`"
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_type_name(k) for k in get_args(kind))
+    kind = _plain(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"list of {_type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        key, value = get_args(kind)
+        named = {f"^{SIZE}$": "size"}.get(next((m.pattern for m in getattr(key, "__metadata__", ())), ""), "name")
+        return f"{named} → {_type_name(value)}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {"Sampling": "sampling", "Variant": "variant"}.get(kind.__name__, "section")
+    return {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null"}.get(kind, "any")
+
+
+BEGIN, END = "<!-- keys: written by python -m hires.config -->", "<!-- /keys -->"
+
+
+def with_key_table(readme: str) -> str:
+    """config/README.md with its table of keys brought up to date."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{key_table()}{END}{rest.split(END)[1]}"
+
+
+def main(folder: Path = Path("config")) -> None:
+    """Write config/schema.json and the table of keys in config/README.md."""
+    readme = folder / "README.md"
+    (folder / "schema.json").write_text(json_schema(), encoding="utf-8")
+    readme.write_text(with_key_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
