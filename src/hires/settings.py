@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hires.errors import HiresError, unknown
 
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
 
 
@@ -29,7 +30,7 @@ class Sampling(BaseModel):
     low_pass: LowPass = Field("bilinear", description="low-pass filter of LFM and SG")
     lfm_factor: float | None = Field(None, gt=0, le=1, description="LFM's low-pass frequency factor f")
     sg_factor: float | None = Field(None, gt=0, le=1, description="SG's low-pass frequency factor f")
-    upsampling: LowPass = Field("bicubic", description="interpolation of z_LU and of the decoded image")
+    upsampling: Interpolation = Field("bicubic", description="interpolation of z_LU and of the decoded image")
     reference: Literal["rgb", "latent"] = Field("rgb", description="Z_ref when LFM is off: z_RU or z_LU")
     posterior: Literal["mode", "sample"] = Field("mode", description="VAE posterior on encode")
     gamma: Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"] | None = Field(

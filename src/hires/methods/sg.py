@@ -1,0 +1,40 @@
+"""Structure Guidance (ScaleDiff, arXiv 2510.25818, section 3.4)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from hires.methods.frequency import low_pass
+from hires.settings import LowPass
+
+Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
+
+
+def structure_guidance(
+    x0: Tensor, low_reference: Tensor, weight: float, kernel: LowPass = "bilinear", factor: float = 1 / 8
+) -> Tensor:
+    """x̂0' = x̂0 + γ_t · (LP(Z_ref) − LP(x̂0)).
+
+    Args:
+        x0: the clean estimate of this step (B, C, H, W).
+        low_reference: LP(Z_ref) with the same filter; constant over a stage, so computed once by the caller.
+        weight: γ_t, see `gamma`.
+    """
+    return x0 + weight * (low_reference - low_pass(x0, kernel, factor))
+
+
+def gamma(kind: Gamma, noise_shares: Sequence[float], first: int, step: int) -> float:
+    """The guidance weight γ_t at `step` of a stage that starts at step `first` of the whole schedule.
+
+    Args:
+        kind: "one_minus_alpha_bar" (the paper, DDPM) and "sigma" (flow matching) are the noise share itself;
+            "normalised" divides it by its value at `first`, so that a stage starts at 1 (the reference's SDXL);
+            "t_raw" is 1 − step/N, the time before any timestep shift.
+        noise_shares: 1 − ᾱ_t (DDPM) or σ_t (flow matching) of all N steps.
+    """
+    if kind == "t_raw":
+        return 1 - step / len(noise_shares)
+    if kind == "normalised":
+        return noise_shares[step] / noise_shares[first]
+    return noise_shares[step]

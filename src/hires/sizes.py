@@ -1,0 +1,90 @@
+"""Which sizes a cascade passes through on its way to the target.
+
+The base has exactly the target's aspect ratio and the area nearest to the one that the model was trained at; every
+side is a multiple of `multiple` pixels; stages double, and the last one grows by any factor in (1, 2].
+A base of less than half or more than twice the training area is none: such a target is refused.
+"""
+
+from math import gcd
+from typing import Literal
+
+from hires.errors import HiresError
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def base_size(height: int, width: int, base_resolution: int, multiple: int) -> Size | None:
+    """The base of a target, in pixels, or None where the size rule has none.
+
+    With target = n·(p, q) and p, q coprime in units of `multiple`, the candidates are k·(p, q) for k = 1 … n.
+    """
+    if height % multiple or width % multiple or min(height, width) < multiple:
+        return None
+    n = gcd(height, width) // multiple
+    p, q = height // n, width // n
+    area = base_resolution**2
+    k = min(range(1, n + 1), key=lambda k: abs(k * k * p * q - area))
+    return (k * p, k * q) if area <= 2 * k * k * p * q <= 4 * area else None
+
+
+def stage_sizes(
+    height: int,
+    width: int,
+    base_resolution: int,
+    multiple: int,
+    stages: Literal["doubling", "single"] = "doubling",
+) -> list[Size]:
+    """Sizes (height, width) in pixels of every stage: the base first, the target last.
+
+    A target that is its own base gives a list of one. HiresError names the two nearest sizes that are allowed.
+    """
+    base = base_size(height, width, base_resolution, multiple)
+    if base is None:
+        first, second = nearest_sizes(height, width, base_resolution, multiple)
+        raise HiresError(
+            f"size {height}x{width} (height x width) has no base of the same aspect near {base_resolution}x"
+            f"{base_resolution} with sides in multiples of {multiple}: the nearest allowed sizes are "
+            f"{first[0]}x{first[1]} and {second[0]}x{second[1]}"
+        )
+    sizes = [base]
+    while stages == "doubling" and 2 * sizes[-1][0] < height:
+        sizes.append((2 * sizes[-1][0], 2 * sizes[-1][1]))
+    return sizes if sizes[-1] == (height, width) else [*sizes, (height, width)]
+
+
+def nearest_sizes(height: int, width: int, base_resolution: int, multiple: int) -> tuple[Size, Size]:
+    """The two allowed sizes nearest to (height, width) by Euclidean distance in pixels."""
+    reach = base_resolution
+    while True:
+        found = [
+            (h, w)
+            for h in _multiples(height, reach, multiple)
+            for w in _multiples(width, reach, multiple)
+            if base_size(h, w, base_resolution, multiple)
+        ]
+        if len(found) > 1:
+            first, second = sorted(found, key=lambda s: ((s[0] - height) ** 2 + (s[1] - width) ** 2, s))[:2]
+            return first, second
+        reach *= 2
+
+
+def _multiples(side: int, reach: int, multiple: int) -> range:
+    low = max(side - reach, multiple)
+    return range(low + -low % multiple, max(side, multiple) + reach + 1, multiple)
+
+
+def check_multiple(height: int, width: int, multiple: int) -> None:
+    """HiresError unless both sides are positive multiples of `multiple` pixels: all that a start from noise needs."""
+    if height % multiple or width % multiple or min(height, width) < multiple:
+        h, w = (max(round(side / multiple), 1) * multiple for side in (height, width))
+        raise HiresError(
+            f"size {height}x{width} (height x width): sides must be multiples of {multiple} px, for example {h}x{w}"
+        )
+
+
+def parse_size(text: str) -> Size:
+    """"512" -> (512, 512), "512x768" -> (512, 768): height x width in pixels."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise HiresError(f"size {text!r}: give HEIGHTxWIDTH in pixels, for example 512x768, or one side of a square")
+    return int(sides[0]), int(sides[-1])
