@@ -1,0 +1,150 @@
+"""Figures of scores: every point with its interval, hollow where the number of images is too small for the score."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from hires import tables
+from hires.figures.style import colour, label, marker, panels, style
+from hires.results import size_name, where
+
+_COLUMNS = 4
+
+
+def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
+    """One panel per metric, one line per variant, for the rows of one backbone and size."""
+    names = [name for name in tables.metrics_of(metrics) if names is None or name in names]
+    variants = tables.variants_of(metrics)
+    columns = min(_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    with style():
+        height = rows * (0.75 + 0.17 * len(variants)) + 0.25
+        figure, axes = panels(rows, columns, height, sharey=True)
+        for axis, name in zip(axes.flat, names):
+            _points(axis, where(metrics, metric=name), variants, tables.metric(name).scale)
+            axis.set_title(tables.metric(name).heading, loc="left")
+            axis.set_xlabel(tables.metric(name).unit)
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        axes[0, 0].set_yticks(range(len(variants)), [label(variant) for variant in variants])
+        axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
+        figure.suptitle(_heading(metrics), x=0.01, ha="left", fontsize=9)
+        if metrics["flag"].astype(bool).any():
+            figure.supxlabel("hollow: too few images for this score to be trusted", fontsize=7, x=0.99, ha="right")
+    return figure
+
+
+def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
+    """One panel per metric, one line per pair a − b, with the line of no difference; one backbone and size."""
+    names = [name for name in tables.metrics_of(paired) if names is None or name in names]
+    pairs = list(dict.fromkeys(zip(paired["a"], paired["b"])))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    with style():
+        height = rows * (0.8 + 0.17 * len(pairs)) + 0.35
+        figure, axes = panels(rows, columns, height, sharey=True)
+        for axis, name in zip(axes.flat, names):
+            scale = tables.metric(name).scale
+            axis.axvline(0, color="black", linewidth=0.8)
+            for y, (a, b) in enumerate(pairs):
+                for row in where(paired, metric=name, a=a, b=b).itertuples():
+                    value, low, high = row.difference * scale, row.low * scale, row.high * scale
+                    axis.plot([low, high], [y, y], color=colour(a))
+                    face = "white" if low <= 0 <= high else colour(a)
+                    axis.plot(value, y, marker(a), color=colour(a), markerfacecolor=face)
+            axis.set_title(tables.metric(name).heading, loc="left")
+            axis.set_xlabel(tables.metric(name).unit)
+            axis.grid(False, axis="y")
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
+        axes[0, 0].set_yticks(range(len(pairs)), [f"{a} − {b}" for a, b in pairs])
+        axes[0, 0].set_ylim(len(pairs) - 0.5, -0.5)
+        figure.suptitle(f"paired differences, {_heading(paired)}", x=0.01, ha="left", fontsize=9)
+        figure.supxlabel("hollow: the interval holds zero", fontsize=7, x=0.99, ha="right")
+    return figure
+
+
+def sweep(
+    metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str, defaults: dict | None = None
+) -> Figure:
+    """Metrics against a setting: rows of panels are backbones, columns metrics, lines variants with their intervals.
+
+    `column`: the numeric column of `metrics` that is swept. `defaults`: backbone -> the value it uses by default, drawn
+    as a dashed line.
+    """
+    names = [name for name in names if name in set(metrics["metric"])]
+    backbones = sorted(set(metrics["backbone"]))
+    variants = tables.variants_of(metrics)
+    with style():
+        figure, axes = panels(len(backbones), len(names), 1.7 * len(backbones) + 0.6, sharex=True)
+        for line, backbone in zip(axes, backbones):
+            for axis, name in zip(line, names):
+                scale = tables.metric(name).scale
+                for variant in variants:
+                    rows = where(metrics, backbone=backbone, metric=name, variant=variant).sort_values(column)
+                    axis.fill_between(
+                        rows[column], rows["low"] * scale, rows["high"] * scale, color=colour(variant), alpha=0.15, lw=0
+                    )
+                    axis.plot(rows[column], rows["value"] * scale, marker(variant) + "-", color=colour(variant))
+                    hollow = rows[rows["flag"].astype(bool)]
+                    axis.plot(
+                        hollow[column], hollow["value"] * scale, marker(variant), color=colour(variant), mfc="white"
+                    )
+                if defaults and backbone in defaults:
+                    axis.axvline(defaults[backbone], color="black", linestyle="--", linewidth=0.8)
+        for axis, name in zip(axes[0], names):
+            axis.set_title(tables.metric(name).heading, loc="left")
+        for line in axes:
+            for axis, name in zip(line, names):
+                axis.set_ylabel(tables.metric(name).unit)
+        for line, backbone in zip(axes, backbones):
+            line[0].set_ylabel(f"{backbone}\n\n{line[0].get_ylabel()}")
+        for axis in axes[-1]:
+            axis.set_xlabel(xlabel)
+        handles = [Line2D([], [], color=colour(v), marker=marker(v), label=label(v)) for v in variants]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    return figure
+
+
+def spectra(curves: pd.DataFrame, by: str = "variant", colours: dict | None = None) -> Figure:
+    """Radial power spectra, one panel per backbone: columns backbone, `by`, frequency (cycles/pixel), power, low, high.
+
+    `low` and `high` bound the mean over images. Dotted lines bound the octaves below the Nyquist frequency.
+    """
+    backbones = sorted(set(curves["backbone"]))
+    names = tables.variants_of(curves) if by == "variant" else list(dict.fromkeys(curves[by]))
+    with style():
+        figure, axes = panels(1, len(backbones), 3.1, sharey=True)
+        for axis, backbone in zip(axes[0], backbones):
+            for name in names:
+                rows = where(curves, backbone=backbone, **{by: name}).sort_values("frequency")
+                shade = colours[name] if colours else colour(name)
+                axis.fill_between(rows["frequency"], rows["low"], rows["high"], color=shade, alpha=0.12, lw=0)
+                axis.plot(rows["frequency"], rows["power"], color=shade, label=label(str(name)))
+            axis.set(xscale="log", yscale="log", xlabel="spatial frequency (cycles/pixel)", title=backbone)
+            for edge in (1 / 16, 1 / 8, 1 / 4):
+                axis.axvline(edge, color="#9a9a9a", linestyle=":", linewidth=0.8)
+            axis.set_xlim(right=0.5)
+        axes[0, 0].set_ylabel("power (luminance², arbitrary units)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def _points(axis, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> None:
+    for y, variant in enumerate(variants):
+        for row in where(rows, variant=variant).itertuples():
+            axis.plot([row.low * scale, row.high * scale], [y, y], color=colour(variant))
+            face = "white" if row.flag else colour(variant)
+            axis.plot(row.value * scale, y, marker(variant), color=colour(variant), markerfacecolor=face)
+    axis.grid(False, axis="y")
+    axis.margins(x=0.1)
+
+
+def _heading(rows: pd.DataFrame) -> str:
+    sizes = ", ".join(size_name(*size) for size in tables.sizes_of(rows))
+    low, high = rows["n"].min(), rows["n"].max()
+    n = f"n = {low}" if low == high else f"n = {low}–{high}"
+    return f"{', '.join(sorted(set(rows['backbone'])))}, {sizes} px, {n}, bars: 95% intervals"

@@ -1,0 +1,96 @@
+"""One look for every figure: a variant keeps its colour and its marker wherever it appears.
+
+The colours are Paul Tol's "muted" scheme, which people with colour-blindness tell apart; markers say it again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+PAGE_WIDTH = 7.2  # inches
+TRUE = "true image"
+
+# variant -> colour, marker
+_LOOKS = {
+    TRUE: ("#000000", "*"),
+    "upsample": ("#8a8a8a", "s"),
+    "direct": ("#cc6677", "X"),
+    "npa-direct": ("#d58a3c", "P"),
+    "multidiffusion-direct": ("#aa4499", "d"),
+    "multidiffusion+lfm+sg": ("#882255", "D"),
+    "dense+lfm+sg": ("#999933", "h"),
+    "npa": ("#6db6dc", "o"),
+    "npa+lfm": ("#44aa99", "^"),
+    "npa+sg": ("#117733", "v"),
+    "scalediff": ("#332288", "o"),
+    "scale-dit": ("#c9a227", "<"),
+    "hybrid": ("#7a4a2a", ">"),
+}
+_OTHERS = ("#4477aa", "#bb5566", "#667733", "#997700", "#225555")
+_LABELS = {"scalediff": "scalediff (npa+lfm+sg)"}
+
+_RC: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "hires",
+}
+
+
+def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as a page and `height` inches high, and its (rows, columns) axes."""
+    return plt.subplots(rows, columns, figsize=(PAGE_WIDTH, height), squeeze=False, layout="constrained", **options)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The project's Matplotlib settings, for as long as the block lasts."""
+    with plt.rc_context(_RC):
+        yield
+
+
+def colour(variant: str) -> str:
+    return _LOOKS[variant][0] if variant in _LOOKS else _OTHERS[crc32(variant.encode()) % len(_OTHERS)]
+
+
+def marker(variant: str) -> str:
+    return _LOOKS[variant][1] if variant in _LOOKS else "."
+
+
+def label(variant: str) -> str:
+    return _LABELS.get(variant, variant)
+
+
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Write `folder`/figures/`name`.png (200 dpi) and .pdf, the same bytes for the same figure; returns the figure."""
+    target = folder / "figures"
+    target.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(target / f"{name}.png", metadata={"Software": None})
+        figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    plt.close(figure)
+    return figure

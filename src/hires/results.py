@@ -1,0 +1,122 @@
+"""Read what a run left behind: scores, prompts, images. Figures, notebooks and the report go through this.
+
+A folder without images (results/reference) is as good as a full one: whatever needs pictures finds none.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+from hires.errors import HiresError
+
+SET = ["study", "setting", "backbone", "variant", "height", "width"]
+
+
+def repository_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` (default: the working directory) that holds the project's config/."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "config" / "published.csv").is_file():
+            return folder
+    raise HiresError(f"no config/published.csv at or above {start}: start in the repository, or in one of its folders")
+
+
+def size_name(height: int, width: int) -> str:
+    return f"{height}x{width}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results folder, for example results/embedded. `output` is where tables/ and figures/ go."""
+
+    path: Path
+    output: Path
+
+    @classmethod
+    def open(cls, path: str | Path, output: str | Path = "") -> "Results":
+        """Open `path`, absolute, or relative to the working directory or the repository root.
+
+        `output`: the folder to write tables/ and figures/ to; empty: into the results themselves.
+        """
+        folder = _resolve(path)
+        if not (folder / "metrics.parquet").is_file():
+            raise HiresError(
+                f"no metrics.parquet in {folder}: make the results first (`hires run`), or name their folder"
+            )
+        return cls(folder, _resolve(output) if output else folder)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """The tidy table of scores, one row per image set and metric."""
+        return pd.read_parquet(self.path / "metrics.parquet")
+
+    @cached_property
+    def paired(self) -> pd.DataFrame:
+        """Paired differences between variants; empty where none were computed."""
+        file = self.path / "paired.parquet"
+        columns = ["study", "setting", "backbone", "height", "width", "metric", "a", "b"]
+        return (
+            pd.read_parquet(file)
+            if file.is_file()
+            else pd.DataFrame(columns=[*columns, "difference", "low", "high", "n"])
+        )
+
+    @cached_property
+    def prompts(self) -> pd.DataFrame:
+        """Columns index, id, prompt, …; empty where the prompts were not kept."""
+        file = self.path / "prompts.parquet"
+        return pd.read_parquet(file) if file.is_file() else pd.DataFrame(columns=["index", "id", "prompt"])
+
+    @cached_property
+    def provenance(self) -> dict:
+        file = self.path / "provenance.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        """One row per stored image: the columns of its set, id, seed, path, in the order of the prompts."""
+        rows = []
+        for manifest in sorted(self.path.glob("images/*/*/*/*/*/shard-*.json")):
+            record = json.loads(manifest.read_text())
+            for image in record["images"]:
+                place = {"id": image["id"], "seed": image["seed"], "path": manifest.parent / image["file"]}
+                rows.append({**{name: record[name] for name in SET}, **place})
+        return self._in_order(pd.DataFrame(rows, columns=[*SET, "id", "seed", "path"]))
+
+    @cached_property
+    def references(self) -> pd.DataFrame:
+        """One row per reference image: height, width, id, path."""
+        rows = []
+        for file in sorted(self.path.glob("references/*x*/*.png")):
+            height, width = map(int, file.parent.name.split("x"))
+            rows.append({"height": height, "width": width, "id": file.stem, "path": file})
+        return self._in_order(pd.DataFrame(rows, columns=["height", "width", "id", "path"]))
+
+    def prompt(self, identifier: str) -> str:
+        return self.prompts.set_index("id")["prompt"].get(identifier, identifier)
+
+    def _in_order(self, frame: pd.DataFrame) -> pd.DataFrame:
+        position = {identifier: i for i, identifier in enumerate(self.prompts["id"])}
+        order = frame["id"].map(position).sort_values(kind="stable").index
+        return frame.loc[order].reset_index(drop=True)
+
+
+def where(frame: pd.DataFrame, **columns) -> pd.DataFrame:
+    """The rows whose columns have the given value, or one of the given values; None leaves a column free."""
+    for name, value in columns.items():
+        if value is not None:
+            frame = frame[frame[name].isin(value if isinstance(value, list | tuple) else [value])]
+    return frame
+
+
+def read_image(path: Path) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+def _resolve(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    return path.resolve() if path.is_absolute() or path.exists() else (repository_root() / path).resolve()

@@ -1,0 +1,239 @@
+"""Scores as tables: what a metric is called, which way is better, and how a value with its interval is written."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from hires.results import repository_root, size_name, where
+from hires.variants import VARIANTS
+
+COMPONENTS = ("npa", "npa+lfm", "npa+sg", "scalediff")
+FLAG = "†"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown. `better`: "lower", "higher", or "" where neither is. `scale` multiplies what is stored."""
+
+    label: str
+    better: str = ""
+    unit: str = ""
+    scale: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """Label with an arrow to the better side."""
+        return self.label + {"lower": " ↓", "higher": " ↑", "": ""}[self.better]
+
+    @property
+    def title(self) -> str:
+        """Heading with unit."""
+        return self.heading + (f" ({self.unit})" if self.unit else "")
+
+
+METRICS = {
+    "fid": Metric("FID", "lower"),
+    "fid_patch": Metric("FID_p", "lower"),
+    "kid": Metric("KID", "lower", "10⁻³", 1e3),
+    "kid_patch": Metric("KID_p", "lower", "10⁻³", 1e3),
+    "is": Metric("IS", "higher"),
+    "is_patch": Metric("IS_p", "higher"),
+    "clip": Metric("CLIP score", "higher", "0–100"),
+    "count": Metric("count right", "higher", "share"),
+    "colours": Metric("colours right", "higher", "share"),
+    "repetition": Metric("repeated objects", "lower", "per image"),
+    "spectrum": Metric("spectral distance", "lower", "log₁₀ power"),
+    "seconds": Metric("time", "lower", "s per image"),
+    "peak_bytes": Metric("peak memory", "lower", "GiB", 2**-30),
+}
+
+
+def metric(name: str) -> Metric:
+    """How `name` is shown; a metric this table does not know goes by its own name, without a better side."""
+    return METRICS.get(name, Metric(name.replace("_", " ")))
+
+
+def in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
+    """The distinct `names`, those of `order` first and in its order, then the others by name."""
+    present = set(names)
+    known = [name for name in order if name in present]
+    return known + sorted(present - set(known))
+
+
+def variants_of(frame: pd.DataFrame) -> list[str]:
+    return in_order(frame["variant"], VARIANTS)
+
+
+def metrics_of(frame: pd.DataFrame) -> list[str]:
+    return in_order(frame["metric"], METRICS)
+
+
+def sizes_of(frame: pd.DataFrame) -> list[tuple[int, int]]:
+    """The distinct (height, width) of a table, smallest area first."""
+    sizes = {(int(h), int(w)) for h, w in zip(frame["height"], frame["width"])}
+    return sorted(sizes, key=lambda size: (size[0] * size[1], size))
+
+
+def interval(
+    value: float, low: float, high: float, flagged: bool = False, signed: bool = False, digits: int | None = None
+) -> str:
+    """`value [low, high]` to `digits` decimals; None: to what the interval's width supports."""
+    digits = _digits(high - low if high > low else abs(value) / 10) if digits is None else digits
+    sign = "+" if signed else ""
+    text = f"{value:{sign}.{digits}f}"
+    if high > low:
+        text += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    return text.replace("-", "−") + (FLAG if flagged else "")
+
+
+def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """The tidy table as people read it: one row per backbone, size and variant, one column per metric.
+
+    A cell is `value [low, high]`, with † where the number of images is too small for the score; a score that does not
+    exist is a dash.
+    """
+    names = [name for name in metrics_of(metrics) if names is None or name in names]
+    digits = {name: _decimals(metrics[metrics["metric"] == name], metric(name).scale) for name in names}
+    rows = []
+    for backbone, size, variant, group in _groups(metrics):
+        row = {"backbone": backbone, "size": size, "variant": variant, "n": _range(group["n"])}
+        for name in names:
+            cell = group[group["metric"] == name]
+            row[metric(name).title] = _cell(cell.iloc[0], metric(name).scale, digits[name]) if len(cell) else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def differences(paired: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences a − b on the same prompts and seeds, bold where the interval leaves out zero."""
+    rows = []
+    for row in paired.itertuples():
+        shown = metric(row.metric)
+        text = interval(row.difference * shown.scale, row.low * shown.scale, row.high * shown.scale, signed=True)
+        rows.append(
+            {
+                "backbone": row.backbone,
+                "size": size_name(row.height, row.width),
+                "a − b": f"{row.a} − {row.b}",
+                "metric": shown.title,
+                "difference": f"**{text}**" if row.low > 0 or row.high < 0 else text,
+                "n": row.n,
+            }
+        )
+    return pd.DataFrame(rows, columns=["backbone", "size", "a − b", "metric", "difference", "n"])
+
+
+def published(paper: str, table: str) -> pd.DataFrame:
+    """Numbers printed in a paper (config/published.csv), tidy, under our names of metrics and variants."""
+    rows = where(pd.read_csv(repository_root() / "config" / "published.csv"), paper=paper, table=table)
+    names = {"FID": "fid", "FIDp": "fid_patch", "KID": "kid", "KIDp": "kid_patch", "IS": "is", "ISp": "is_patch"}
+    names |= {"CLIP": "clip"}
+    methods = rows["method"].str.replace(" ", "").str.lower().replace("npa+lfm+sg", "scalediff")
+    return rows.assign(
+        metric=rows["metric"].replace(names), variant=methods.where(methods.isin(VARIANTS), rows["method"])
+    )
+
+
+def beside(metrics: pd.DataFrame, printed: pd.DataFrame, paper: str) -> pd.DataFrame:
+    """A paper's numbers above ours, for the metrics and variants that the paper printed."""
+    names = [name for name in metrics_of(printed) if name in METRICS]
+    rows = []
+    for (backbone, resolution, variant), group in printed.groupby(["backbone", "resolution", "variant"], sort=False):
+        size = size_name(resolution, resolution)
+        row = {"source": f"{paper}, printed", "model": backbone, "size": size, "variant": variant, "n": "–"}
+        values = dict(zip(group["metric"], group["value"]))
+        for name in names:
+            row[metric(name).title] = f"{values[name] * metric(name).scale:.4g}" if name in values else "–"
+        rows.append(row)
+    ours = scores(where(metrics, variant=variants_of(printed)), names).rename(columns={"backbone": "model"})
+    return pd.concat([pd.DataFrame(rows), ours.assign(source="this run")]).fillna("–")
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A pipe table; numbers are aligned right by their readers' style sheets."""
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
+    """Write `folder`/tables/`name`.csv (the tidy rows, unrounded) and .md (as shown); returns `shown`."""
+    target = folder / "tables"
+    target.mkdir(parents=True, exist_ok=True)
+    tidy.to_csv(target / f"{name}.csv", index=False)
+    (target / f"{name}.md").write_text(markdown(shown), encoding="utf-8")
+    return shown
+
+
+def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> list[str]:
+    """Sentences on the largest size of every backbone, each read off the tables."""
+    sentences = []
+    for backbone in sorted(set(metrics["backbone"])):
+        rows = where(metrics, backbone=backbone)
+        height, width = sizes_of(rows)[-1]
+        place = f"{backbone} at {size_name(height, width)}"
+        tests = where(paired, backbone=backbone, height=height, width=width)
+        for name in metrics_of(rows):
+            shown = metric(name)
+            if not shown.better or name in ("seconds", "peak_bytes"):
+                continue
+            sentences += _best(where(rows, height=height, width=width, metric=name), shown, place)
+            sentences += [
+                _tested(test, shown, place) for test in where(tests, metric=name).itertuples() if test.a == "scalediff"
+            ]
+    return sentences
+
+
+def _best(rows: pd.DataFrame, shown: Metric, place: str) -> list[str]:
+    if len(rows) < 2:
+        return []
+    rows = rows.sort_values("value", ascending=shown.better == "lower", kind="stable")
+    best, second = rows.iloc[0], rows.iloc[1]
+    word = "lowest" if shown.better == "lower" else "highest"
+    note = ", too few images for this score to be trusted" if best["flag"] else ""
+    return [
+        f"{place}: {best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']}{note}); "
+        f"next is {second['variant']} with {_cell(second, shown.scale)}."
+    ]
+
+
+def _tested(test, shown: Metric, place: str) -> str:
+    text = interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
+    if test.low <= 0 <= test.high:
+        verdict = "no difference can be told"
+    else:
+        verdict = "better" if (test.difference < 0) == (shown.better == "lower") else "worse"
+    return f"{place}: {test.a} against {test.b} on the same {test.n} images, {shown.label} {text}: {verdict}."
+
+
+def _groups(metrics: pd.DataFrame):
+    for backbone in sorted(set(metrics["backbone"])):
+        for height, width in sizes_of(where(metrics, backbone=backbone)):
+            rows = where(metrics, backbone=backbone, height=height, width=width)
+            for variant in variants_of(rows):
+                yield backbone, size_name(height, width), variant, where(rows, variant=variant)
+
+
+def _cell(row: pd.Series, scale: float, digits: int | None = None) -> str:
+    return interval(row["value"] * scale, row["low"] * scale, row["high"] * scale, bool(row["flag"]), digits=digits)
+
+
+def _decimals(rows: pd.DataFrame, scale: float) -> int:
+    """Decimals of a column: what its median interval supports."""
+    width = (rows["high"] - rows["low"]).median()
+    return _digits(scale * (width if width > 0 else rows["value"].abs().median() / 10))
+
+
+def _range(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _digits(width: float) -> int:
+    """Decimals that show two significant digits of `width`."""
+    digits = 0
+    while digits < 6 and 0 < width < 10:
+        width *= 10
+        digits += 1
+    return digits
