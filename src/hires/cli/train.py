@@ -1,0 +1,71 @@
+"""Train the embedded models on camera views of scenes: tiny-vae, tiny-flux, tiny-sdxl, tiny-clip.
+
+A run ends after --steps or --seconds, whichever comes first; weights and log go to --out. Sizes in pixels, times in
+seconds. tiny-flux and tiny-sdxl need a trained tiny-vae; `hires train evaluate` reads samples of a pipeline back.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from hires.errors import HiresError, unknown
+
+TARGETS = ("tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip", "evaluate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=", ".join(TARGETS))
+    parser.add_argument("--out", type=Path, help="folder of the result (default results/train/MODEL)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after this long")
+    parser.add_argument("--batch", type=int, help="views a step (default: the recipe's)")
+    parser.add_argument("--pool", type=int, help="rendered views to draw from (default: the recipe's)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare scenes")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--vae", type=Path, default=Path("results/train/tiny-vae"), help="tiny-vae's folder")
+    parser.add_argument("--resume", type=Path, help="folder to continue from: its weights, not its optimiser")
+    parser.add_argument("--distil-seconds", type=float, default=math.inf, help="tiny-flux: end of the second phase")
+    parser.add_argument("--model-folder", type=Path, help="evaluate: the pipeline folder to read back")
+    parser.add_argument("--prompts", type=int, default=256, help="evaluate: number of held-out captions")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1, 2, 4], help="evaluate: guidance scales")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.model not in TARGETS:
+        raise unknown("model", args.model, TARGETS)
+    import torch
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # cuDNN's attention gave NaN in training at small head dimensions.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("high")
+    if args.model == "evaluate":
+        from hires.training.evaluate import evaluate
+
+        if args.model_folder is None:
+            raise HiresError("evaluate needs --model-folder, a pipeline folder such as results/train/tiny-flux")
+        evaluate(args.model_folder, device=device, prompts=args.prompts, guidance=args.guidance, out=args.out)
+        return
+    out = args.out or Path("results/train") / args.model
+    options = {k: v for k in ("steps", "batch", "pool", "lr") if (v := getattr(args, k)) is not None}
+    options |= {"seconds": args.seconds, "seed": args.seed, "workers": args.workers, "device": device}
+    if args.resume is not None:
+        if not args.resume.is_dir():
+            raise HiresError(f"--resume {args.resume}: no such folder; give one that `hires train` wrote")
+        options["resume"] = args.resume
+    if args.model == "tiny-vae":
+        from hires.training import vae
+
+        vae.train(out, **options)
+    elif args.model == "tiny-clip":
+        from hires.training import clip
+
+        clip.train(out, **options)
+    else:
+        from hires.training import diffusion
+
+        if not (args.vae / "config.json").is_file():
+            raise HiresError(f"--vae {args.vae}: no tiny-vae there; make one with `hires train tiny-vae`")
+        diffusion.train(args.model, out, vae=args.vae, distil_seconds=args.distil_seconds, **options)

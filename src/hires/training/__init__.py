@@ -1,0 +1,6 @@
+"""Training of the embedded models on camera views of scenes. Recipes and curves: docs/training.md.
+
+Each model trains by itself: tiny-vae first, then tiny-flux and tiny-sdxl on its latents; tiny-clip on pixels.
+"""
+
+MODELS = ("tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip")

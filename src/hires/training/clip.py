@@ -1,0 +1,80 @@
+"""tiny-clip: contrastive on views and captions, and on degraded views whose caption says so."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hires.models import DEGRADED, build_clip
+from hires.training.data import batches
+from hires.training.loop import fit, write_log
+
+
+def degrade(x: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
+    """Blur (kind 1, by area down and bicubic up) or noise (kind 2) (n, 3, h, w) in [-1, 1]; kind 0 stays."""
+    blurred = x
+    for factor, low in ((2, 0.0), (4, 0.5)):
+        small = F.avg_pool2d(x, factor)
+        up = F.interpolate(small, size=x.shape[-2:], mode="bicubic", align_corners=False)
+        blurred = torch.where((strength > low)[:, None, None, None], up, blurred)
+    noisy = x + (0.06 + 0.24 * strength)[:, None, None, None] * torch.randn_like(x)
+    kind = kind[:, None, None, None]
+    return torch.where(kind == 1, blurred, torch.where(kind == 2, noisy, x)).clamp(-1, 1)
+
+
+def train(
+    out: Path,
+    *,
+    device: torch.device,
+    steps: int = 12_000,
+    seconds: float = float("inf"),
+    batch: int = 768,
+    pool: int = 131_072,
+    lr: float = 1e-3,
+    seed: int = 0,
+    workers: int = 8,
+) -> None:
+    """Train tiny-clip on `pool` rendered views and save model and tokenizer to `out`."""
+    torch.manual_seed(seed)
+    model, tokenizer = build_clip(seed)
+    model = model.to(device).train()
+    size = model.config.vision_config.image_size
+    chunk = min(512, pool)
+    images, texts = [], []
+    for views in batches(pool // chunk, chunk, seed + 2, workers, whole=0.6, close_up=0.25, careless=0.0):
+        images.append(((views.render(size, device) + 1) * 127.5).round().to(torch.uint8))
+        texts += views.captions
+    pixels = torch.cat(images)
+
+    def tokens(prefix: str) -> Tensor:
+        return tokenizer(
+            [prefix + t for t in texts], padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(device)  # fmt: skip
+
+    ids = torch.stack([tokens(""), *(tokens(f"{word} ") for word in DEGRADED)])
+    print(f"tiny-clip: {len(pixels)} views", flush=True)
+    generator = torch.Generator(device).manual_seed(seed)
+    forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(pixels), (batch,), device=device, generator=generator)
+        draw = torch.rand(batch, 2, device=device, generator=generator)
+        kind = (draw[:, 0] < 0.3).int() + (draw[:, 0] < 0.15).int()
+        x = degrade(pixels[index].float() / 127.5 - 1, kind, draw[:, 1])
+        words = ids[kind, index]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = forward(input_ids=words, pixel_values=x)
+        image, text = F.normalize(output.image_embeds.float(), dim=-1), F.normalize(output.text_embeds.float(), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+        # Views with the same caption are no negatives of each other.
+        same = (words[:, None] == words[None]).all(-1) & ~torch.eye(batch, dtype=torch.bool, device=device)
+        logits = logits.masked_fill(same, float("-inf"))
+        target = torch.arange(batch, device=device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    log = fit(loss, [model], steps=steps, seconds=seconds, lr=lr, decay_from=0.3, weight_decay=0.1, name="tiny-clip")
+    model.eval().half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_log(out, {"batch": batch, "pool": pool, "lr": lr, "seed": seed}, log)
