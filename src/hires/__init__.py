@@ -3,17 +3,23 @@
 The heavy names (`load`, `generate`, `Backbone`) are imported on first use, so that `import hires` stays cheap.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hires.backbones import Backbone, load
-    from hires.generate import generate
+    from hires.generation import generate
 
 __version__ = "0.1.0"
 __all__ = ["Backbone", "__version__", "generate", "load"]
 
-_HOME = {"Backbone": "hires.backbones", "load": "hires.backbones", "generate": "hires.generate"}
+# Image processors of pipelines that hires never feeds; the default installation does without torchvision.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision" not in record.getMessage()
+)
+
+_HOME = {"Backbone": "hires.backbones", "load": "hires.backbones", "generate": "hires.generation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -83,7 +83,7 @@ def check_multiple(height: int, width: int, multiple: int) -> None:
 
 
 def parse_size(text: str) -> Size:
-    """"512" -> (512, 512), "512x768" -> (512, 768): height x width in pixels."""
+    """ "512" -> (512, 512), "512x768" -> (512, 768): height x width in pixels."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise HiresError(f"size {text!r}: give HEIGHTxWIDTH in pixels, for example 512x768, or one side of a square")

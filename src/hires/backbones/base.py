@@ -1,0 +1,213 @@
+"""What the cascade needs to know about a model family, on the user's own diffusers pipeline."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Generator, Tensor
+
+from hires.backbones.schedule import Schedule
+from hires.errors import HiresError
+from hires.settings import Sampling
+
+Conditioning = dict[str, Tensor]  # every tensor has the batch first
+
+
+def draw(generators: Sequence[Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Standard normal (B, *shape) in float32: each image from its own CPU generator."""
+    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)
+
+
+class Backbone(ABC):
+    """A loaded pipeline and what its family adds. Latents are (B, C, H, W) float32, in the model's scaling.
+
+    Attributes:
+        pipe: the diffusers pipeline, as the user set it up: LoRAs, dtype, offloading, compiled modules stay.
+        name, revision: where the weights come from; revision is None for a pipeline that was made elsewhere.
+        base_resolution: side in pixels of the square that the model was trained at.
+        size_multiple: every side of a stage is a multiple of it, in pixels.
+        defaults: sampling settings that hold where a call gives none.
+    """
+
+    family: ClassVar[str]
+    pipeline_class: ClassVar[type]
+    families: ClassVar[dict[str, type["Backbone"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Backbone.families[cls.family] = cls
+
+    def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
+        self.pipe = pipe
+        self.name = name
+        self.revision = revision
+        self.base_resolution = int(hints.get("base_resolution", self._trained_resolution()))
+        self.size_multiple = int(hints.get("size_multiple", 64))
+        self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
+
+    @classmethod
+    def from_pipeline(
+        cls, pipe: Any, name: str | None = None, hints: dict[str, Any] | None = None, revision: str | None = None
+    ) -> Self:
+        """The backbone of a loaded pipeline, which it keeps and never copies.
+
+        Args:
+            pipe: a pipeline of a known family, or of a subclass; HiresError names those that are known.
+            name: what records call the model; default: where the pipeline was loaded from.
+            hints: {"base_resolution", "size_multiple", "sampling"}; default: `hires.json` in the pipeline's folder.
+        """
+        source = getattr(pipe, "name_or_path", "") or type(pipe).__name__
+        if hints is None:
+            hints = read_hints(Path(source))
+        for family in Backbone.families.values():
+            if isinstance(pipe, family.pipeline_class):
+                return family(pipe, name or source, hints, revision)  # type: ignore[return-value]
+        known = ", ".join(family.pipeline_class.__name__ for family in Backbone.families.values())
+        raise HiresError(f"pipeline class {type(pipe).__name__} is not supported: allowed: {known}")
+
+    # --- what a family says -------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def model(self) -> Any:
+        """The transformer or U-Net."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of unpacked latents."""
+
+    @abstractmethod
+    def _trained_resolution(self) -> int: ...
+
+    @abstractmethod
+    def _family_defaults(self) -> Sampling: ...
+
+    @abstractmethod
+    def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+        """Everything that the model is told beside latents, time and size, one row per prompt."""
+
+    @abstractmethod
+    def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
+        """The schedule of a stage that starts at step `first`; base_size (latent pixels) sets FLUX's shift μ."""
+
+    @abstractmethod
+    def predict(
+        self,
+        latents: Tensor,
+        schedule: Schedule,
+        step: int,
+        conditioning: Conditioning,
+        sampling: Sampling,
+        told_size: tuple[int, int],
+    ) -> Tensor:
+        """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
+
+    # --- shared -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs, which under offloading is not where its weights rest."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent pixel, per side."""
+        return self.pipe.vae_scale_factor
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in latent pixels of a size in pixels."""
+        return height // self.scale, width // self.scale
+
+    def first_step(self, sampling: Sampling) -> int:
+        """Index of the first step of a stage: the last round(N·τ/1000) of N steps are run (paper: 20 of 50)."""
+        steps = sampling.num_inference_steps or 1
+        share = (sampling.tau or 0) / 1000
+        count = int(steps * share + 0.5)
+        if count < 1:
+            raise HiresError(
+                f"tau = {sampling.tau:g} of {steps} steps leaves no step: give tau (strength: its thousandth) from "
+                f"{500 / steps:.4g} to 1000, or more steps"
+            )
+        return steps - count
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pixels: Tensor,
+        generators: Sequence[Generator] = (),
+        posterior: Literal["mode", "sample"] = "mode",
+        tiling: bool | None = None,
+    ) -> Tensor:
+        """Clean latents of images (B, 3, H, W) in [−1, 1]; `generators` are used by posterior "sample" only."""
+        latents = []
+        with self._vae(pixels, tiling) as vae:
+            for index, image in enumerate(pixels.split(1)):
+                distribution = vae.encode(image.to(self.device, vae.dtype)).latent_dist
+                latent = distribution.mode().float()
+                if posterior == "sample":
+                    noise = draw(generators[index : index + 1], latent.shape[1:], latent.device)
+                    latent = latent + distribution.std.float() * noise
+                latents.append(latent)
+        mean, scale = self._latent_statistics()
+        return (torch.cat(latents) - mean) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tiling: bool | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [−1, 1], float32, of clean latents; one after the other, to bound memory."""
+        mean, scale = self._latent_statistics()
+        with self._vae(latents, tiling, self.scale) as vae:
+            images = [
+                vae.decode((z / scale + mean).to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+                for z in latents.to(self.device, torch.float32).split(1)
+            ]
+        return torch.cat(images)
+
+    def _latent_statistics(self) -> tuple[Tensor | float, Tensor | float]:
+        """(mean, scale) with latents = (z − mean)·scale; per channel where the VAE has them so."""
+        config = self.pipe.vae.config
+        scale = config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (
+                torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
+            )
+            return mean, scale / std
+        return config.shift_factor or 0.0, scale
+
+    @contextmanager
+    def _vae(self, x: Tensor, tiling: bool | None, factor: int = 1) -> Iterator[Any]:
+        """The VAE, in float32 where float16 overflows (SDXL), tiled above 4 times the base area or as asked."""
+        vae = self.pipe.vae
+        dtype, was_tiled = vae.dtype, vae.use_tiling
+        upcast = dtype == torch.float16 and vae.config.force_upcast
+        if tiling is None:
+            tiling = self.defaults.vae_tiling
+        if tiling is None:
+            tiling = was_tiled or x.shape[2] * x.shape[3] * factor**2 > 4 * self.base_resolution**2
+        vae.use_tiling = tiling
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            vae.use_tiling = was_tiled
+            if upcast:
+                vae.to(dtype)
+
+
+def read_hints(folder: Path) -> dict[str, Any]:
+    """What `hires.json` in a model folder says about its training size, size rule and sampling; {} without one."""
+    path = folder / "hires.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise HiresError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,231 @@
+"""`hires.load`: a backbone from a name, a diffusers folder or a hub id, with trained or random weights."""
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hires.backbones.base import Backbone, read_hints
+from hires.backbones.presets import CONFIGS, PRESETS
+from hires.errors import HiresError, unknown
+from hires.models import ASSETS, HINTS, build_pipeline
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name_or_folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    weights: Literal["pretrained", "random"] = "pretrained",
+) -> Backbone:
+    """Load a model.
+
+    Args:
+        name_or_folder: "tiny-flux", "tiny-sdxl", "flux-dev", "flux-schnell", "sdxl", a diffusers folder with
+            safetensors weights, or a hub id.
+        device: torch device; default: CUDA where there is one, else the CPU.
+        dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA bfloat16 for FLUX and float16 for
+            SDXL, float32 elsewhere and for the tiny models.
+        weights: "random" draws weights for the same architecture, from a fixed seed: enough to measure time and memory.
+
+    Raises:
+        HiresError: an unknown name, a folder without model_index.json, a missing or truncated weight file, a
+            pipeline class of no known family.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        dtype = DTYPES[dtype]
+    if weights not in ("pretrained", "random"):
+        raise unknown("weights", weights, ("pretrained", "random"))
+    name = str(name_or_folder)
+    with _quiet():
+        if weights == "random":
+            return _random(name, device, dtype)
+        folder = _folder(name)
+        family = check_folder(folder)
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=dtype or _default_dtype(family, device, folder), use_safetensors=True
+        ).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
+
+
+def _default_dtype(family: type[Backbone], device: torch.device, folder: Path) -> torch.dtype:
+    if device.type == "cpu" or folder.parent == ASSETS:
+        return torch.float32
+    return torch.bfloat16 if family.family == "flux" else torch.float16
+
+
+def _folder(name: str) -> Path:
+    """The local folder of a model; what comes from the hub is downloaded, or found in its cache."""
+    preset = PRESETS.get(name)
+    if preset and preset.embedded:
+        return ASSETS / preset.source
+    path = Path(name).expanduser()
+    if not preset and path.is_dir():
+        return path
+    source = preset.source if preset else name
+    if not preset and (source.count("/") != 1 or source[0] in "./~"):
+        if "/" in source:
+            raise HiresError(f"model folder {source} does not exist")
+        raise unknown("model", name, PRESETS)
+    try:
+        return Path(DiffusionPipeline.download(source, use_safetensors=True))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HiresError(
+            f"model {name!r}: no folder of this name, and the hub did not give {source}: {reason}"
+        ) from None
+
+
+def check_folder(folder: Path) -> type[Backbone]:
+    """The family of a diffusers folder; HiresError where a part is missing, cut short, or of no known family."""
+    index = _model_index(folder)
+    class_name = index["_class_name"]
+    families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
+    if class_name not in families:
+        raise HiresError(f"{folder} holds a {class_name}: allowed: {', '.join(families)}")
+    for component, (library, _) in _components(index):
+        part = folder / component
+        if library is None:
+            continue
+        if not part.is_dir():
+            raise HiresError(f"{folder}: the folder of {component!r} is missing")
+        if (part / "config.json").is_file():
+            files = _weight_files(part)
+            if not files:
+                raise HiresError(f"{part} has no *.safetensors weights; other formats are not read")
+            for file in files:
+                _check_whole(file)
+    return families[class_name]
+
+
+def _model_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise HiresError(f"{folder} is no diffusers folder: it has no model_index.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise HiresError(f"{path} is not JSON: {error}") from None
+
+
+def _components(index: dict[str, Any]) -> list[tuple[str, tuple[str | None, str | None]]]:
+    return [(name, (value[0], value[1])) for name, value in index.items() if isinstance(value, list)]
+
+
+def _weight_files(part: Path) -> list[Path]:
+    """Weight files of a component: the shards that its index names, or every safetensors file."""
+    files = set(part.glob("*.safetensors"))
+    for index in part.glob("*.safetensors.index.json"):
+        shards = json.loads(index.read_text())["weight_map"].values()
+        files |= {part / shard for shard in shards}
+    return sorted(files)
+
+
+def _check_whole(file: Path) -> None:
+    """HiresError unless the file has the length that its safetensors header states."""
+    if not file.is_file():
+        raise HiresError(f"weight file {file} is missing: fetch the model again")
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, size)))
+        needed = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError):
+        raise HiresError(f"weight file {file} is cut short or no safetensors file: fetch the model again") from None
+    if size != needed:
+        raise HiresError(f"weight file {file} is cut short: {size} of {needed} bytes: fetch the model again")
+
+
+def revision(folder: Path) -> str:
+    """What the weights are: the commit of a hub snapshot, else the sha256 over all weight files and their places."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for component, _ in sorted(_components(_model_index(folder))):
+        for file in _weight_files(folder / component):
+            digest.update(f"{component}/{file.name}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    """Random weights: the tiny models from their own builder, others from the configs that a folder holds."""
+    if name in HINTS:
+        pipe = build_pipeline(name).to(device, dtype or torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return Backbone.from_pipeline(pipe, name, HINTS[name], "random")
+    folder = CONFIGS / name if name in PRESETS else Path(name).expanduser()
+    if not folder.is_dir():
+        raise unknown("model with random weights", name, [*HINTS, *(path.name for path in CONFIGS.iterdir())])
+    index = _model_index(folder)
+    families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
+    if index["_class_name"] not in families:
+        raise HiresError(f"{folder} holds a {index['_class_name']}: allowed: {', '.join(families)}")
+    family = families[index["_class_name"]]
+    parts: dict[str, Any] = {}
+    former = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype or _default_dtype(family, device, folder))
+        try:
+            for component, (library, class_name) in _components(index):
+                parts[component] = _random_component(folder / component, library, class_name)
+        finally:
+            torch.set_default_dtype(former)
+    pipe = family.pipeline_class(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return Backbone.from_pipeline(pipe, name, read_hints(folder), "random")
+
+
+def _random_component(part: Path, library: str | None, class_name: str | None) -> Any:
+    """One component of a pipeline from its configuration alone; tokenizers and schedulers are complete anyway."""
+    if library is None or class_name is None:
+        return None
+    known = getattr(diffusers if library == "diffusers" else transformers, class_name)
+    config = part / "config.json"
+    if not config.is_file():
+        return known.from_pretrained(part)
+    if library == "diffusers":
+        model = known.from_config(json.loads(config.read_text()))
+    else:
+        model = known(known.config_class.from_pretrained(part))
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without progress bars and remarks; warnings about truncated prompts and the like stay for later."""
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    bars = [
+        (diffusers.utils.logging, diffusers.utils.logging.is_progress_bar_enabled()),
+        (transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()),
+    ]
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module, _ in bars:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        for module, enabled in bars:
+            if enabled:
+                module.enable_progress_bar()

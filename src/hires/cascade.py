@@ -1,0 +1,404 @@
+"""From a prompt, or an image, to a large image: base stage, then (upsample → noise to τ → guided denoising) × stages.
+
+ScaleDiff's cascade (arXiv 2510.25818) with every part a choice of the variant; the baselines and ablations of the
+paper are other choices in the same table (`hires.variants`).
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from hires.attention import attention_layers, draw_shifts, use_attention
+from hires.backbones.base import Backbone, Conditioning, draw
+from hires.backbones.schedule import Schedule
+from hires.errors import HiresError
+from hires.methods.frequency import low_pass, resize
+from hires.methods.lfm import latent_frequency_mixing
+from hires.methods.multidiffusion import multidiffusion
+from hires.methods.sg import Gamma, gamma, structure_guidance
+from hires.settings import Sampling
+from hires.sizes import Size, check_multiple, stage_sizes
+from hires.variants import Variant
+
+Callback = Callable[[str, int, int, Tensor], None]  # (stage name, steps done, steps of the stage, noisy latents)
+
+
+@dataclass
+class Stage:
+    """What one stage of a batch of n images gave, and its cost.
+
+    Attributes:
+        name: "base" (also the user's own image), "stage-1", "stage-2", …, "noise" (from noise at the target size) or
+            "upsample" (the control).
+        height, width: of the images, in pixels.
+        latents: clean, float32 (n, C, h, w); None where the stage has no latents, as the control "upsample".
+        pixels: images (n, 3, height, width) in [−1, 1] where the stage made them itself, else None.
+        steps: denoising steps that were run here: 0 for latents or an image that were given.
+        seconds: wall time of the stage for the whole batch, from upsampling to clean latents.
+        peak_bytes: most memory held by torch on the GPU; on a CPU, by how much the process's peak grew.
+    """
+
+    name: str
+    height: int
+    width: int
+    latents: Tensor | None
+    pixels: Tensor | None
+    steps: int
+    seconds: float
+    peak_bytes: int
+
+
+class Meter:
+    """Seconds and peak memory of a block (see `Stage` for their meaning)."""
+
+    seconds = 0.0
+    peak_bytes = 0
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Meter":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._resident = _resident_peak()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_bytes = _resident_peak() - self._resident
+        self.seconds = time.perf_counter() - self._start
+
+
+def _resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seed_stage(generators: Sequence[Generator], seeds: Sequence[int], stage: int) -> None:
+    """Seed each image's generator for a stage: with the image's own seed at the base, as diffusers does, and with a
+    hash of (seed, stage) later on. So a stage draws the same numbers however its base came to be."""
+    for generator, seed in zip(generators, seeds, strict=True):
+        mixed = np.random.SeedSequence([seed, stage]).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(mixed) & (2**63 - 1) if stage else seed)
+
+
+def _predictor(
+    backbone: Backbone,
+    schedule: Schedule,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    variant: Variant,
+    view: Size,
+    told_size: Size,
+) -> Callable[[Tensor, int], Tensor]:
+    """(latents, step) -> model output: one call on the whole canvas, or the mean over MultiDiffusion's views."""
+    if variant.views == "none":
+        return lambda latents, step: backbone.predict(latents, schedule, step, conditioning, sampling, told_size)
+
+    def on_views(latents: Tensor, step: int) -> Tensor:
+        def predict(crops: Tensor, images: Tensor) -> Tensor:
+            rows = {name: value[images] for name, value in conditioning.items()}
+            return backbone.predict(crops, schedule, step, rows, sampling, told_size)
+
+        return multidiffusion(predict, latents, view, sampling.view_overlap, sampling.view_batch)
+
+    return on_views
+
+
+def _attention_options(
+    backbone: Backbone,
+    variant: Variant,
+    sampling: Sampling,
+    size: Size,
+    base_size: Size,
+    steps: int,
+    generators: Sequence[Generator],
+) -> dict[str, Any]:
+    """Options of the variant's attention kind; shifts are a table drawn before the loop."""
+    if variant.attention != "npa":
+        return {}
+    shifts = None
+    if sampling.random_shift:
+        shifts = draw_shifts(generators, steps, attention_layers(backbone.model, size, base_size))
+    return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend, "shifts": shifts}
+
+
+def _denoise(
+    backbone: Backbone,
+    latents: Tensor,
+    schedule: Schedule,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    variant: Variant,
+    generators: Sequence[Generator],
+    name: str,
+    base_size: Size,
+    reference: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Run a stage's steps: clean latents of noisy ones. `base_size` in latent pixels: the window, and the view.
+
+    `reference`: Z_ref of Structure Guidance, or None to run without it.
+    """
+    size = (latents.shape[2], latents.shape[3])
+    first, steps = schedule.first, schedule.num_inference_steps - schedule.first
+    told_latents = base_size if sampling.time_ids == "base" else size
+    told_size = (told_latents[0] * backbone.scale, told_latents[1] * backbone.scale)
+    predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size)
+    options = _attention_options(backbone, variant, sampling, size, base_size, steps, generators)
+    kind: Gamma = sampling.gamma or "normalised"
+    factor = sampling.sg_factor or 1.0
+    low_reference = None if reference is None else low_pass(reference, sampling.low_pass, factor)
+    shares = schedule.noise_shares
+    # A view has the base's size, so the model's own attention is right for it.
+    canvas = size if variant.views == "none" else base_size
+    with use_attention(backbone.model, variant.attention, canvas, base_size, **options) as attention:
+        for step in range(first, schedule.num_inference_steps):
+            attention.step = step - first
+            output = predict(latents, step)
+            if low_reference is not None:
+                weight = sampling.gamma_scale * gamma(kind, shares, first, step)
+                x0 = schedule.to_x0(output, latents, step)
+                x0 = structure_guidance(x0, low_reference, weight, sampling.low_pass, factor)
+                output = schedule.from_x0(x0, latents, step)
+            latents = schedule.step(output, latents, step, generators)
+            if callback is not None:
+                callback(name, step - first + 1, steps, latents)
+    return latents
+
+
+def _from_noise(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    variant: Variant,
+    generators: Sequence[Generator],
+    name: str,
+    size: Size,
+    base_size: Size,
+    callback: Callback | None,
+) -> Tensor:
+    """Clean latents of `size` from pure noise over the whole schedule; sizes in latent pixels."""
+    schedule = backbone.schedule(sampling, base_size)
+    noise = draw(generators, (backbone.latent_channels, *size), backbone.device) * schedule.init_noise_sigma
+    return _denoise(
+        backbone, noise, schedule, conditioning, sampling, variant, generators, name, base_size, callback=callback
+    )
+
+
+def _reference(
+    backbone: Backbone,
+    latents: Tensor,
+    pixels: Tensor | None,
+    size: Size,
+    sampling: Sampling,
+    variant: Variant,
+    generators: Sequence[Generator],
+) -> Tensor:
+    """Z_ref at `size` (pixels): z_RU + LP(z_LU) − LP(z_RU) with LFM, else z_RU or z_LU alone.
+
+    z_LU: the upsampled latents. z_RU: the encoding of the upsampled image, which is decoded from the latents unless
+    the stage began with the user's own (`pixels`).
+    """
+    latent_upsampled = resize(latents, backbone.latent_size(*size), sampling.upsampling)
+    if not variant.lfm and sampling.reference == "latent":
+        return latent_upsampled
+    if pixels is None:
+        pixels = backbone.decode(latents, sampling.vae_tiling)
+    enlarged = resize(pixels, size, sampling.upsampling)
+    rgb_upsampled = backbone.encode(enlarged, generators, sampling.posterior, sampling.vae_tiling)
+    if not variant.lfm:
+        return rgb_upsampled
+    return latent_frequency_mixing(latent_upsampled, rgb_upsampled, sampling.low_pass, sampling.lfm_factor or 1.0)
+
+
+def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], variant: Variant) -> None:
+    if len(prompts) != len(seeds):
+        raise HiresError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise HiresError(f"seed {seed}: allowed: 0 to 2^63 − 1")
+    if variant.start == "noise" and (variant.lfm or variant.sg):
+        raise HiresError("a variant that starts from noise has no base image, so lfm and sg must be off")
+    if variant.views != "none" and variant.attention != "dense":
+        raise HiresError(f"views of the base size leave {variant.attention!r} attention nothing to do: allowed: dense")
+    if variant.adapter and variant.adapter not in backbone.pipe.get_active_adapters():
+        raise HiresError(
+            f"the variant needs the adapter {variant.adapter!r}: load it with "
+            f"pipe.load_lora_weights(path, adapter_name={variant.adapter!r})"
+        )
+
+
+@torch.no_grad()
+def base_latents(
+    backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, sampling: Sampling
+) -> Tensor:
+    """Clean base latents (n, C, h, w), float32, of a target of height × width pixels: shared by all variants.
+
+    They are what the untouched diffusers pipeline gives at the base size from the same seeds.
+    """
+    stages = cascade(backbone, prompts, seeds, Variant(), height, width, sampling)
+    latents = next(stages).latents
+    assert latents is not None
+    return latents
+
+
+@torch.no_grad()
+def cascade(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    variant: Variant,
+    height: int,
+    width: int,
+    sampling: Sampling,
+    base: Tensor | None = None,
+    callback: Callback | None = None,
+    image: Tensor | None = None,
+    strength: float | None = None,
+) -> Iterator[Stage]:
+    """Make n images together and yield every stage as it is done, the base first, the target size last.
+
+    An image depends on the model, its prompt and seed, variant, size and sampling: never on the batch it is in.
+
+    Args:
+        prompts, seeds: n each. Every random number of an image comes from one CPU generator seeded by its seed.
+        height, width: the target, in pixels (see `hires.sizes`).
+        sampling: settings on top of `backbone.defaults`.
+        base: clean base latents (n, C, h, w) from `base_latents`; None makes them. Without use where start = noise.
+        callback: called after every step with (stage name, steps done, steps of the stage, noisy latents).
+        image: (n, 3, h, w) in [−1, 1] at the base size: takes the base image's place (img2img).
+        strength: in (0, 1]: takes the place of τ/1000 in the first stage above the base.
+
+    Raises:
+        HiresError: a size that the rule refuses, τ that leaves no step, a variant that contradicts itself.
+    """
+    prompts = list(prompts)
+    sampling = sampling.over(backbone.defaults)
+    _check(backbone, prompts, seeds, variant)
+    generators = [Generator() for _ in seeds]
+    seed_stage(generators, seeds, 0)
+
+    if variant.start == "noise":
+        if image is not None:
+            raise HiresError("a variant that starts from noise takes no image: choose one that starts from the base")
+        check_multiple(height, width, backbone.size_multiple)
+        window = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
+        with Meter(backbone.device) as cost:
+            conditioning = backbone.encode_prompt(prompts, sampling)
+            size = backbone.latent_size(height, width)
+            latents = _from_noise(
+                backbone, conditioning, sampling, variant, generators, "noise", size, window, callback
+            )
+        steps = sampling.num_inference_steps or 1
+        yield Stage("noise", height, width, latents, None, steps, cost.seconds, cost.peak_bytes)
+        return
+
+    sizes = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple, variant.stages)
+    base_size = backbone.latent_size(*sizes[0])
+    _check_given(backbone, base, image, strength, len(prompts), sizes[0])
+    stage_sampling = sampling
+    if strength is not None:
+        stage_sampling = Sampling.of(tau=1000 * strength).over(sampling)
+    if variant.denoise and len(sizes) > 1:
+        backbone.first_step(stage_sampling), backbone.first_step(sampling)  # refuse a bad τ before any work
+
+    steps = 0
+    with Meter(backbone.device) as cost:
+        conditioning = backbone.encode_prompt(prompts, sampling)
+        if image is not None:
+            image = image.to(backbone.device)
+            latents = backbone.encode(image, generators, sampling.posterior, sampling.vae_tiling)
+        elif base is not None:
+            latents = base.to(backbone.device, torch.float32)
+        else:
+            steps = sampling.num_inference_steps or 1
+            latents = _from_noise(
+                backbone, conditioning, sampling, Variant(), generators, "base", base_size, base_size, callback
+            )
+    yield Stage("base", *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
+
+    for index, size in enumerate(sizes[1:], 1):
+        if not variant.denoise:
+            with Meter(backbone.device) as cost:
+                pixels = backbone.decode(latents, sampling.vae_tiling) if image is None else image
+                pixels = resize(pixels, size, sampling.upsampling)
+            yield Stage("upsample", *size, None, pixels, 0, cost.seconds, cost.peak_bytes)
+            return
+        name = f"stage-{index}"
+        with Meter(backbone.device) as cost:
+            seed_stage(generators, seeds, index)
+            reference = _reference(backbone, latents, image, size, sampling, variant, generators)
+            first = backbone.first_step(stage_sampling)
+            schedule = backbone.schedule(sampling, base_size, first)
+            noisy = schedule.add_noise(reference, draw(generators, reference.shape[1:], backbone.device))
+            latents = _denoise(
+                backbone,
+                noisy,
+                schedule,
+                conditioning,
+                sampling,
+                variant,
+                generators,
+                name,
+                base_size,
+                reference if variant.sg else None,
+                callback,
+            )
+        steps = schedule.num_inference_steps - first
+        yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)
+        image, stage_sampling = None, sampling
+
+
+def _check_given(
+    backbone: Backbone, base: Tensor | None, image: Tensor | None, strength: float | None, n: int, size: Size
+) -> None:
+    if base is not None and image is not None:
+        raise HiresError("give base latents or an image, not both")
+    if strength is not None and not 0 < strength <= 1:
+        raise HiresError(f"strength {strength:g}: allowed: above 0, up to 1")
+    if strength is not None and image is None:
+        raise HiresError("strength says how much of your image is redrawn: give an image as well")
+    for what, given, shape in (
+        ("base latents", base, (n, backbone.latent_channels, *backbone.latent_size(*size))),
+        ("image", image, (n, 3, *size)),
+    ):
+        if given is not None and tuple(given.shape) != shape:
+            raise HiresError(f"{what} of shape {tuple(given.shape)}: this target needs {shape}")
+
+
+def decode(backbone: Backbone, stage: Stage | Tensor, tiling: bool | None = None) -> list[Image.Image]:
+    """The images of a stage, or of clean latents (n, C, h, w): 8-bit RGB, each value round(255·x)."""
+    if isinstance(stage, Stage):
+        pixels = stage.pixels
+        if pixels is None:
+            assert stage.latents is not None
+            pixels = backbone.decode(stage.latents, tiling)
+    else:
+        pixels = backbone.decode(stage, tiling)
+    return to_images(pixels)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(n, 3, H, W) in [−1, 1] -> 8-bit RGB images; what lies outside is cut off."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_pixels(image: Image.Image, size: Size) -> Tensor:
+    """An image -> (1, 3, height, width) in [−1, 1], resized by Lanczos where its size differs."""
+    rgb = image.convert("RGB")
+    if rgb.size != (size[1], size[0]):
+        rgb = rgb.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(rgb, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1

@@ -1,0 +1,110 @@
+"""Make an image from a prompt, or from your own image, and write it as a PNG that carries its parameters.
+
+Example: hires generate --model tiny-flux --prompt "three red cubes" --size 512 --variant scalediff --out cubes.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hires.errors import HiresError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="tiny-flux", help="tiny-flux, tiny-sdxl, flux-dev, flux-schnell, sdxl, a folder or hub id"
+    )
+    parser.add_argument("--prompt", required=True, help="what the image shows")
+    parser.add_argument("--size", default="512", help="HEIGHTxWIDTH in pixels, or the side of a square")
+    parser.add_argument("--variant", default="scalediff", help="a name of hires.variants.VARIANTS")
+    parser.add_argument("--seed", type=int, default=0, help="the image's seed, 0 or more")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling setting, e.g. tau=300; repeatable"
+    )
+    parser.add_argument("--image", type=Path, help="your own image, in the place of the base image")
+    parser.add_argument("--strength", type=float, help="share of your image that is redrawn, above 0 and up to 1")
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write")
+    parser.add_argument("--all-stages", action="store_true", help="also write every stage, as <out>-<stage>.png")
+    parser.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: by model and device")
+    parser.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
+
+
+def run(args: argparse.Namespace) -> None:
+    from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+    from hires.backbones import load
+    from hires.cascade import Stage, decode
+    from hires.generation import record
+    from hires.generation import run as stages
+    from hires.settings import Sampling
+    from hires.sizes import parse_size
+    from hires.variants import variant
+
+    height, width = parse_size(args.size)
+    chosen = variant(args.variant)
+    sampling = Sampling.of(**parse_settings(args.set))
+    if args.out.suffix.lower() != ".png":
+        raise HiresError(f"--out {args.out}: only PNG carries the parameters: give a name that ends with .png")
+    if not args.out.parent.is_dir():
+        raise HiresError(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    image = None
+    if args.image:
+        try:
+            image = Image.open(args.image).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise HiresError(f"--image {args.image}: {error}") from None
+    backbone = load(args.model, args.device, args.dtype, args.weights)
+
+    def save(stage: Stage, path: Path) -> None:
+        info = PngImagePlugin.PngInfo()
+        parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength)
+        info.add_text("parameters", json.dumps(parameters))
+        decode(backbone, stage, sampling.vae_tiling)[0].save(path, pnginfo=info)
+
+    with ProgressBar() as progress:
+        stage = None
+        for stage in stages(
+            backbone, [args.prompt], [args.seed], chosen, height, width, sampling, image, args.strength, progress.update
+        ):
+            if args.all_stages:
+                save(stage, args.out.with_stem(f"{args.out.stem}-{stage.name}"))
+    assert stage is not None
+    save(stage, args.out)
+    print(args.out)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """["tau=300", "low_pass=fft"] -> {"tau": 300, "low_pass": "fft"}; HiresError without a "="."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise HiresError(f"--set {pair}: give NAME=VALUE, for example --set tau=300")
+        settings[name.strip()] = yaml.safe_load(value)
+    return settings
+
+
+class ProgressBar:
+    """A tqdm bar per stage on stderr, silent where that is no terminal."""
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar: Any = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, stage: str, step: int, steps: int, latents: object) -> None:
+        from tqdm import tqdm
+
+        if step == 1:
+            if self.bar is not None:
+                self.bar.close()
+            self.bar = tqdm(total=steps, desc=stage, unit="step", file=sys.stderr, disable=None)
+        self.bar.update()
