@@ -1,0 +1,236 @@
+"""Neighborhood Patch Attention (ScaleDiff, arXiv 2510.25818, section 3.1) as diffusers attention processors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import hires_kernels
+import torch
+from diffusers.models import attention_processor
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+    _get_qkv_projections,
+)
+from torch import Tensor, nn
+
+from hires.attention.layers import AttentionHandle, Layer
+from hires.attention.processors import WindowedProcessor
+from hires.errors import HiresError, unknown
+
+UNET_PROCESSORS = (
+    attention_processor.AttnProcessor,
+    attention_processor.AttnProcessor2_0,
+    attention_processor.FusedAttnProcessor2_0,
+    attention_processor.SlicedAttnProcessor,
+    attention_processor.XFormersAttnProcessor,
+)
+TEXT_ROWS = ("patch", "global")
+
+
+def draw_shifts(generators: Sequence[torch.Generator], steps: int, layers: Sequence[Layer]) -> Tensor:
+    """Query window random shifts (arXiv 2510.25818, appendix B.1): integer tensor (steps, layers, batch, 2).
+
+    Every image draws its own column from its own CPU generator in one go: a (row, column) offset in
+    0 … window // 2 for each step and layer. `layers` are those of `attention_layers`, dense ones included.
+    """
+    choices = torch.tensor([[side // 2 + 1 for side in layer.window] for layer in layers])
+    uniform = [torch.rand(steps, len(layers), 2, generator=generator, dtype=torch.float64) for generator in generators]
+    return (torch.stack(uniform, dim=2) * choices[:, None]).long()
+
+
+def processors(
+    stock_processors: dict[str, Any],
+    handle: AttentionHandle,
+    *,
+    text_rows: str = "patch",
+    backend: str = "auto",
+    shifts: Tensor | None = None,
+) -> dict[str, Any]:
+    """One processor per layer; a layer whose window covers its grid keeps the stock one."""
+    if text_rows not in TEXT_ROWS:
+        raise unknown("text_rows", text_rows, TEXT_ROWS)
+    if backend not in (backends := ("auto", *hires_kernels.BACKENDS)):
+        raise unknown("attention backend", backend, backends)
+    if shifts is not None and (shifts.ndim != 4 or shifts.shape[1] != len(handle.layers) or shifts.shape[3] != 2):
+        allowed = f"(steps, {len(handle.layers)}, batch, 2), as draw_shifts gives it for these layers"
+        raise HiresError(f"shifts of shape {tuple(shifts.shape)}: must be {allowed}")
+    chosen = {}
+    for index, layer in enumerate(handle.layers):
+        former = stock_processors[layer.name]
+        if layer.dense:
+            chosen[layer.name] = former
+            continue
+        operation = NpaLayer(layer, handle, None if shifts is None else shifts[:, index], text_rows, backend)
+        if isinstance(former, FluxIPAdapterAttnProcessor):
+            chosen[layer.name] = FluxIPAdapterNpaProcessor(former, operation)
+        elif isinstance(former, FluxAttnProcessor):
+            chosen[layer.name] = FluxNpaProcessor(former, operation)
+        elif isinstance(former, UNET_PROCESSORS):
+            chosen[layer.name] = UNetNpaProcessor(former, operation)
+        else:
+            raise HiresError(
+                f"{layer.name} has a {type(former).__name__}: npa can only stand in for the stock processors of FLUX "
+                "and U-Nets and for FLUX's IP-Adapter"
+            )
+    return chosen
+
+
+class NpaLayer:
+    """The operation of one layer with its geometry and options."""
+
+    def __init__(
+        self, layer: Layer, handle: AttentionHandle, shifts: Tensor | None, text_rows: str, backend: str
+    ) -> None:
+        if any(window > side for window, side in zip(layer.window, layer.grid)):
+            raise HiresError(
+                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at base_size) is larger than its "
+                f"grid {layer.grid[0]}x{layer.grid[1]} along one axis: give a base_size no larger than size"
+            )
+        if min(layer.window) < 2:
+            raise HiresError(
+                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at base_size): must be at least "
+                "2 tokens a side: give a larger base_size"
+            )
+        self.layer, self.handle, self.shifts = layer, handle, shifts
+        self.text_rows, self.backend = text_rows, backend
+        self.tokens = layer.grid[0] * layer.grid[1]
+
+    def check(self, tokens: int, attention_mask: Tensor | None) -> None:
+        """Raise HiresError where the model was called with other latents than the context was opened for."""
+        if tokens != self.tokens:
+            raise HiresError(
+                f"{self.layer.name} got {tokens} image tokens, its grid {self.layer.grid[0]}x{self.layer.grid[1]} has "
+                f"{self.tokens}: give use_attention the latents' own size"
+            )
+        if attention_mask is not None:
+            raise HiresError(f"{self.layer.name} got an attention mask: npa takes none")
+
+    def shift(self, batch: int) -> Tensor | None:
+        """Offsets (batch, 2) of the current step; classifier-free guidance repeats the images, and so the rows."""
+        if self.shifts is None:
+            return None
+        steps, images = self.shifts.shape[:2]
+        if self.handle.step not in range(steps):
+            raise HiresError(f"step {self.handle.step}: shifts were drawn for the steps 0 … {steps - 1}")
+        if batch % images:
+            raise HiresError(f"a batch of {batch}: shifts were drawn for {images} images: must be a multiple")
+        return self.shifts[self.handle.step].repeat(batch // images, 1)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        text: tuple[Tensor, Tensor, Tensor] | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Any, Any]:
+        try:
+            return hires_kernels.neighborhood_patch_attention(
+                query,
+                key,
+                value,
+                grid=self.layer.grid,
+                window=self.layer.window,
+                text=text,
+                rope=rope,
+                shift=self.shift(len(query)),
+                text_rows=self.text_rows,
+                backend=self.backend,
+            )
+        except hires_kernels.KernelError as error:
+            raise HiresError(f"{self.layer.name}: {error}") from error
+
+
+class UNetNpaProcessor(WindowedProcessor):
+    """Self-attention of a U-Net's transformer blocks."""
+
+    def __init__(self, wrapped: Any, operation: NpaLayer) -> None:
+        self.wrapped, self.operation = wrapped, operation
+
+    def __call__(
+        self,
+        attn: attention_processor.Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        self.operation.check(hidden_states.shape[1], attention_mask)
+        if attn.fused_projections:
+            projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projections = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projections)
+        image, _ = self.operation(query, key, value)
+        return attn.to_out[1](attn.to_out[0](image.flatten(2)))
+
+
+class FluxNpaProcessor(WindowedProcessor):
+    """Joint attention of FLUX's double blocks (text apart) and single blocks (text in front of the image)."""
+
+    def __init__(self, wrapped: Any, operation: NpaLayer) -> None:
+        self.wrapped, self.operation = wrapped, operation
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        output, _ = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return output
+
+    def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
+        """What the processor returns, and the normalised image query before RoPE."""
+        projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is None:
+            text_tokens = hidden_states.shape[1] - self.operation.tokens
+            text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
+            query, key, value = (x[:, text_tokens:] for x in (query, key, value))
+        else:
+            text_tokens = encoder_hidden_states.shape[1]
+            text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:])
+            text = attn.norm_added_q(text_query), attn.norm_added_k(text_key), text_value
+        self.operation.check(query.shape[1], attention_mask)
+        cos, sin = (part[text_tokens:] for part in image_rotary_emb)
+        rotated = hires_kernels.apply_rope(query, (cos, sin)), hires_kernels.apply_rope(key, (cos, sin))
+        image, text_rows = (x.flatten(2) for x in self.operation(*rotated, value, text=text, rope=(cos, sin)))
+        if encoder_hidden_states is None:
+            return torch.cat([text_rows, image], dim=1), query
+        return (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text_rows)), query
+
+
+class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
+    """A double block with an IP-Adapter: the adapter's own weights, and its image-prompt term as a third output.
+
+    A module, so that the adapter's weights stay part of the model and move with it.
+    """
+
+    def __init__(self, wrapped: FluxIPAdapterAttnProcessor, operation: NpaLayer) -> None:
+        nn.Module.__init__(self)
+        FluxNpaProcessor.__init__(self, wrapped, operation)
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ip_hidden_states: Sequence[Tensor] = (),
+        ip_adapter_masks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        adapter = self.wrapped
+        term = torch.zeros_like(output[0])
+        for prompt, scale, to_k, to_v in zip(ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip):
+            key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (to_k(prompt), to_v(prompt)))
+            seen = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+            term = term + scale * seen.flatten(2)
+        return *output, term
