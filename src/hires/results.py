@@ -13,6 +13,7 @@ from PIL import Image
 
 from hires.errors import HiresError
 
+TRUE = "true image"
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
 
 
@@ -95,6 +96,25 @@ class Results:
             height, width = map(int, file.parent.name.split("x"))
             rows.append({"height": height, "width": width, "id": file.stem, "path": file})
         return self._in_order(pd.DataFrame(rows, columns=["height", "width", "id", "path"]))
+
+    def pictures(
+        self, n: int, by: str = "variant", truth: bool = True, **columns
+    ) -> list[tuple[str, dict[str, Image.Image]]]:
+        """(prompt, images by their value of column `by`) of the first `n` prompts that have images with these columns.
+
+        `truth`: with the reference image of that size, under "true image".
+        """
+        chosen = where(self.images, **columns)
+        rows = []
+        for identifier in list(dict.fromkeys(chosen["id"]))[:n]:
+            images = {}
+            for row in where(chosen, id=identifier).drop_duplicates(by).itertuples():
+                same = where(self.references, id=identifier, height=row.height, width=row.width)
+                if truth and len(same):
+                    images[TRUE] = read_image(same["path"].iloc[0])
+                images[getattr(row, by)] = read_image(row.path)
+            rows.append((self.prompt(identifier), images))
+        return rows
 
     def prompt(self, identifier: str) -> str:
         return self.prompts.set_index("id")["prompt"].get(identifier, identifier)

@@ -157,13 +157,14 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
-    """Write `folder`/tables/`name`.csv (the tidy rows, unrounded) and .md (as shown); returns `shown`."""
+def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> str:
+    """Write `folder`/tables/`name`.csv (the tidy rows, unrounded) and .md (as shown); returns the Markdown."""
     target = folder / "tables"
     target.mkdir(parents=True, exist_ok=True)
     tidy.to_csv(target / f"{name}.csv", index=False)
-    (target / f"{name}.md").write_text(markdown(shown), encoding="utf-8")
-    return shown
+    text = markdown(shown)
+    (target / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> list[str]:

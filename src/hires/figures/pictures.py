@@ -1,15 +1,19 @@
 """Images beside each other, with zoomed crops, and their spectra."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from torch import Tensor
 
 from hires.figures.style import PAGE_WIDTH, label, style
+from hires.results import TRUE, Results, read_image, where
 
 _BOX = "#e8222f"
 _GAP, _CAPTION = 0.03, 0.16  # inches
@@ -59,16 +63,15 @@ def comparison(
     return figure
 
 
-def radial_power(image: Image.Image, bins: int = 48) -> tuple[np.ndarray, np.ndarray]:
-    """Mean power of the luminance (in [0, 1]) over rings of equal log-width, up to the Nyquist frequency.
+def ring_power(field: np.ndarray, bins: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Mean power of a field (H, W) over rings of equal log-width, up to the Nyquist frequency.
 
-    A Hann window keeps the picture's borders out of the spectrum. Returns the ring centres in cycles/pixel and their
-    power; rings without a coefficient are left out.
+    A Hann window keeps the borders out of the spectrum. Returns the ring centres in cycles/pixel and their power; rings
+    without a coefficient are left out.
     """
-    grey = np.asarray(image.convert("L"), dtype=np.float64) / 255
-    height, width = grey.shape
+    height, width = field.shape
     window = np.hanning(height)[:, None] * np.hanning(width)[None, :]
-    power = np.abs(np.fft.fft2((grey - grey.mean()) * window)) ** 2 / (window**2).sum()
+    power = np.abs(np.fft.fft2((field - field.mean()) * window)) ** 2 / (window**2).sum()
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
     edges = np.geomspace(2 / min(height, width), 0.5, bins + 1)
     ring = np.digitize(radius.ravel(), edges) - 1
@@ -77,6 +80,57 @@ def radial_power(image: Image.Image, bins: int = 48) -> tuple[np.ndarray, np.nda
     total = np.bincount(ring[inside], weights=power.ravel()[inside], minlength=bins)
     filled = count > 0
     return np.sqrt(edges[1:] * edges[:-1])[filled], total[filled] / count[filled]
+
+
+def radial_power(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """`ring_power` of an image's luminance in [0, 1]."""
+    return ring_power(np.asarray(image.convert("L"), dtype=np.float64) / 255)
+
+
+def latent_spectra(latents: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Spectra of latents (1, C, h, w) by backbone and name, mean over channels: the columns of `band_spectra`."""
+    rows = []
+    for backbone, found in latents.items():
+        for name, latent in found.items():
+            rings = [ring_power(channel) for channel in latent[0].double().cpu().numpy()]
+            power = np.mean([ring[1] for ring in rings], axis=0)
+            curve = {"frequency": rings[0][0], "power": power, "low": power, "high": power}
+            rows.append(pd.DataFrame({"backbone": backbone, "latent": name, **curve}))
+    return pd.concat(rows)
+
+
+def radial_spectra(results: Results, name: str, by: str = "variant", **columns) -> pd.DataFrame:
+    """Mean spectra of the stored images with these `columns`, and of their references as "true image".
+
+    Columns backbone, `by`, frequency, power, low, high, n: the geometric mean over images and its 95 % interval (normal,
+    of the logarithm). They are kept in tables/`name`.csv and read from there where no images are stored.
+    """
+    kept = Path("tables") / f"{name}.csv"
+    images = where(results.images, **columns)
+    if images.empty:
+        stored = results.path / kept
+        return pd.read_csv(stored) if stored.is_file() else pd.DataFrame(columns=["backbone", by, "frequency"])
+    rows = []
+    for backbone in sorted(set(images["backbone"])):
+        group = where(images, backbone=backbone)
+        same = group[["id", "height", "width"]].drop_duplicates()
+        truth = results.references.merge(same, on=["id", "height", "width"]).assign(**{by: TRUE})
+        for value, members in pd.concat([truth, group]).groupby(by, sort=False):
+            spectrum = [radial_power(read_image(path)) for path in members["path"]]
+            logs = np.log10([power for _, power in spectrum])
+            half = 1.96 * logs.std(0, ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.zeros(logs.shape[1])
+            mean = logs.mean(0)
+            curve = {
+                "frequency": spectrum[0][0],
+                "power": 10**mean,
+                "low": 10 ** (mean - half),
+                "high": 10 ** (mean + half),
+            }
+            rows.append(pd.DataFrame({"backbone": backbone, by: value, **curve, "n": len(logs)}))
+    curves = pd.concat(rows)
+    (results.output / kept).parent.mkdir(parents=True, exist_ok=True)
+    curves.to_csv(results.output / kept, index=False)
+    return curves
 
 
 def _draw(axis: Axes, image: Image.Image, box: Sequence[float] | None, crop: bool) -> None:

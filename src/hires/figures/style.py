@@ -13,8 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from hires.results import TRUE
+
 PAGE_WIDTH = 7.2  # inches
-TRUE = "true image"
 
 # variant -> colour, marker
 _LOOKS = {
