@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from hires.errors import HiresError, unknown
 from hires.settings import Sampling
+from hires.sizes import check_multiple, parse_size, stage_sizes
 from hires.variants import VARIANTS, Variant
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # one expression for schema, file names and Snakemake wildcards
@@ -63,7 +64,9 @@ class Columns(Section):
     punsafe: str = Field("punsafe", description="probability that the image is unsafe")
     pwatermark: str = Field("pwatermark", description="probability that the image bears a watermark")
     aesthetic: str = Field("AESTHETIC_SCORE", description="predicted aesthetic score")
-    hash: str = Field("hash", description="the row's own key; optional, without it the key is (url, text)")
+    hash: str | None = Field(
+        "hash", description="the row's own key, different in every row; optional, without it the key is (url, text)"
+    )
 
 
 class Filters(Section):
@@ -203,7 +206,19 @@ class Config(Section):
                     raise HiresError(
                         f"{place} = {n}: more than prompts.n = {self.prompts.n}; raise prompts.n or ask for fewer"
                     )
+                for backbone in study.backbones:
+                    self._check_size(f"{place} ({backbone})", *parse_size(size), backbone, study)
         return self
+
+    def _check_size(self, place: str, height: int, width: int, backbone: str, study: Study) -> None:
+        """A variant that starts from noise needs sides of the right multiple, any other one a base as well."""
+        entry = self.backbones[backbone]
+        try:
+            check_multiple(height, width, entry.size_multiple)
+            if any(self.variants()[name].start == "base" for name in study.variants):
+                stage_sizes(height, width, entry.base_resolution, entry.size_multiple)
+        except HiresError as error:
+            raise _at(place, error) from None
 
     @model_validator(mode="after")
     def _amounts(self) -> Self:
@@ -282,14 +297,6 @@ class ImageSet:
         return f"{self.height}x{self.width}"
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) in pixels of "512x768"."""
-    if not re.fullmatch(SIZE, text):
-        raise HiresError(f"size {text!r}: write {HINTS[f'^{SIZE}$']}")
-    height, width = text.split("x")
-    return int(height), int(width)
-
-
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, merge (`extends`, then `overrides`) and validate a configuration.
 
@@ -343,10 +350,10 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], edit: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in edit.items():
-        section = _keys(model).get(key)
-        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
-            if isinstance(section, type) and issubclass(section, Section):
-                value = _merge(base[key], value, section)
+        section: Any = _keys(model).get(key)
+        mappings = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        if mappings and isinstance(section, type) and issubclass(section, Section):
+            value = _merge(base[key], value, section)
         merged[key] = value
     return merged
 

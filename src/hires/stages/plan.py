@@ -1,0 +1,185 @@
+"""What a configuration will make and about how long it takes: counted from the configuration, no model is loaded."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from hires import layout
+from hires.config import BackboneEntry, Config, ImageSet
+from hires.methods.multidiffusion import views
+from hires.settings import Sampling
+from hires.sizes import stage_sizes
+
+# Seconds on one CPU core, float32, one image: area in pixels -> seconds. A step of tiny-sdxl is two model calls (CFG);
+# a view is one of eight in a batch. Measured with one thread, best of four, rounded up by a third for two jobs at once.
+STEP = {
+    "tiny-flux": {128**2: 0.017, 256**2: 0.045, 512**2: 0.23},
+    "tiny-sdxl": {128**2: 0.022, 256**2: 0.062, 512**2: 0.25},
+}
+VIEW = {"tiny-flux": 0.012, "tiny-sdxl": 0.014}
+DECODE = {128**2: 0.034, 256**2: 0.13, 512**2: 0.68}
+ENCODE = {128**2: 0.015, 256**2: 0.055, 512**2: 0.33}
+START = 5.5  # seconds until a job has imported torch and diffusers and loaded its model
+
+# Steps and τ of the papers, for models that are not in the repository
+PAPERS = {
+    "flux-dev": Sampling(num_inference_steps=30, tau=600),
+    "sdxl": Sampling(num_inference_steps=50, tau=400),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image set, or one set of base latents (variant "base")."""
+
+    study: str
+    setting: str
+    backbone: str
+    variant: str
+    size: str
+    images: int
+    stages: str  # side lengths on the way, each with its steps: "256x256: 5, 512x512: 5"
+    seconds: float | None  # of one core; None where no measured cost is known
+
+
+def plan(config: Config) -> list[Row]:
+    """A row for every set of base latents and every image set, in the order of their making."""
+    rows = []
+    for base in layout.base_sets(config):
+        entry = config.backbones[base.backbone]
+        sampling = _sampling(config, base.study, base.setting, base.backbone)
+        steps, images = sampling.num_inference_steps, base.n * len(base.seeds)
+        size = f"{base.height}x{base.width}"
+        seconds = None
+        if steps and entry.model in STEP:
+            seconds = images * steps * _cost(STEP[entry.model], base.height * base.width)
+        rows.append(Row("", "", base.backbone, "base", size, images, f"{size}: {steps or '?'}", seconds))
+    return rows + [_image_row(config, images) for images in config.image_sets()]
+
+
+def _image_row(config: Config, images: ImageSet) -> Row:
+    entry, variant = config.backbones[images.backbone], config.variants()[images.variant]
+    sampling = _sampling(config, images.study, images.setting, images.backbone)
+    steps, target = sampling.num_inference_steps, (images.height, images.width)
+    stages, base = [target], None
+    if variant.start == "base":
+        base, *stages = stage_sizes(*target, entry.base_resolution, entry.size_multiple, variant.stages)
+        steps = _kept(sampling) if variant.denoise else 0
+    area = math.prod(target)
+    seconds = None
+    if steps is not None and entry.model in STEP:
+        seconds = _cost(DECODE, area if variant.denoise else math.prod(base or target))
+        before = base
+        for height, width in stages if variant.denoise else []:
+            if before:
+                seconds += _cost(DECODE, math.prod(before)) + _cost(ENCODE, height * width)
+            if variant.views == "none":
+                step = _cost(STEP[entry.model], height * width)
+            else:
+                view = entry.base_resolution
+                count = len(views((height // 8, width // 8), (view // 8, view // 8), sampling.view_overlap))
+                step = count * VIEW[entry.model]
+            seconds += (steps or 0) * step
+            before = (height, width)
+    count = images.n * len(images.seeds)
+    return Row(
+        images.study,
+        images.setting,
+        images.backbone,
+        images.variant,
+        images.size,
+        count,
+        ", ".join(f"{h}x{w}: {'?' if steps is None else steps}" for h, w in stages),
+        None if seconds is None else count * seconds,
+    )
+
+
+def _kept(sampling: Sampling) -> int | None:
+    """Steps of a stage that starts at τ: round(N·τ/1000) of N."""
+    if sampling.num_inference_steps is None or sampling.tau is None:
+        return None
+    return int(sampling.num_inference_steps * sampling.tau / 1000 + 0.5)
+
+
+def _sampling(config: Config, study: str, setting: str, backbone: str) -> Sampling:
+    return config.sampling(study, setting, backbone).over(_own(config.backbones[backbone]))
+
+
+def _own(entry: BackboneEntry) -> Sampling:
+    """What the model itself says: its folder's hires.json, its builder, or the papers."""
+    for folder in (Path(__file__).parent.parent / "assets" / entry.model, Path(entry.model).expanduser()):
+        if (folder / "hires.json").is_file():
+            return Sampling.of(**json.loads((folder / "hires.json").read_text()).get("sampling", {}))
+    if entry.model in STEP:
+        from hires.models import HINTS
+
+        return Sampling.of(**HINTS[entry.model]["sampling"])
+    return PAPERS.get(entry.model, Sampling())
+
+
+def _cost(table: dict[int, float], area: int) -> float:
+    """Between two measured areas along a power law; beyond them in proportion to the area."""
+    areas = sorted(table)
+    inside = min(max(area, areas[0]), areas[-1])
+    high = next(a for a in areas if a >= inside)
+    low = max((a for a in areas if a < high), default=high)
+    share = math.log(inside / low) / math.log(high / low) if high > low else 0.0
+    return table[low] ** (1 - share) * table[high] ** share * area / inside
+
+
+def describe(config: Config) -> str:
+    """The plan as text: a table, the steps that τ keeps, totals."""
+    rows = plan(config)
+    header = ("study", "setting", "backbone", "variant", "size", "images", "steps of each stage", "seconds")
+    cells = [
+        (r.study, r.setting, r.backbone, r.variant, r.size, str(r.images), r.stages, _seconds(r.seconds)) for r in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    right = (5, 7)
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in (header, tuple("-" * w for w in widths), *cells)
+    ]
+    lines += ["", *_taus(config), "", _total(config, rows)]
+    return "\n".join(lines)
+
+
+def _taus(config: Config) -> list[str]:
+    """How much of the schedule a stage keeps: whole steps only, so a short schedule rounds τ."""
+    lines = {}
+    for images in config.image_sets():
+        variant = config.variants()[images.variant]
+        sampling = _sampling(config, images.study, images.setting, images.backbone)
+        kept = _kept(sampling)
+        if variant.start == "base" and variant.denoise and kept is not None:
+            steps = sampling.num_inference_steps or 1
+            key = f"{images.study}, {images.setting}, {images.backbone}"
+            lines[key] = f"{key}: {steps} steps, τ {sampling.tau:g} → {kept} of {steps} ({kept / steps:.3f})"
+    return list(lines.values())
+
+
+def jobs(config: Config) -> int:
+    """Processes that load a model: shards of base latents and of images, features and scores.
+
+    One job makes all variants and settings of a study at one size with one backbone.
+    """
+    groups = {(s.study, s.backbone, s.size): s.n for s in config.image_sets()}
+    shards = [*groups.values(), *(base.n for base in layout.base_sets(config))]
+    return sum(len(layout.shards(config, n)) for n in shards) + 2 * len(groups)
+
+
+def _total(config: Config, rows: list[Row]) -> str:
+    text = f"{sum(row.images for row in rows if row.variant != 'base')} images in {jobs(config)} jobs"
+    if any(row.seconds is None for row in rows):
+        return f"{text}; no estimate where the cost of a model was not measured"
+    start = jobs(config) * START
+    total = start + sum(row.seconds or 0 for row in rows)
+    return (
+        f"{text}: about {_seconds(total)} s of one CPU core, {_seconds(start)} s of it to start the jobs, "
+        f"so {total / 120:.0f} min for two jobs at a time; metrics, notebooks and report come on top"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
