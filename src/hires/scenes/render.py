@@ -87,6 +87,16 @@ class _Tables:
         self.objects = table([_object_row(o, wide, tall) for _, o in owned], 17)
         self.object_seeds = seeds([o.seed for _, o in owned])
 
+        # the k-th objects of those images that have as many
+        places: list[list[tuple[int, int]]] = []
+        seen = [0] * len(scenes)
+        for row, (image, _) in enumerate(owned):
+            if seen[image] == len(places):
+                places.append([])
+            places[seen[image]].append((image, row))
+            seen[image] += 1
+        self.slots = [torch.tensor(place, device=device).unbind(1) for place in places]
+
         # members of each kind, and the smallest pixel among them in the units of their surface
         self.grounds: dict[str, tuple[Tensor, float]] = {}
         for name in {s.background for s in scenes}:
@@ -233,7 +243,8 @@ def _pass(tables: _Tables, x: Tensor, y: Tensor, pixel: Tensor, unit: tuple[floa
     shadow = 1 - 0.52 * smoothstep(1.0, -1.0, cast / blur)
     shadow = shadow * (1 - 0.34 * smoothstep(1.0, -0.2, distance / (0.16 * radius)))
     shade = torch.ones_like(canvas[0])
-    shade.scatter_reduce_(0, owner[:, None, None].expand_as(shadow), shadow, "prod", include_self=True)
+    for images, objects in tables.slots:
+        shade[images] *= shadow[objects]
     canvas *= shade
     _paint_objects(canvas, tables, distance, x, y, pixel)
     # the room grows darker away from the light

@@ -39,6 +39,16 @@ def _cells(x: Tensor, size: float) -> tuple[Tensor, Tensor]:
     return index.to(torch.int32), x - (index + 0.5) * size
 
 
+def _specks(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Scattered round grains, one cell in ten bright and one in ten dark: their coverages."""
+    (column, u), (row, v) = _cells(x, size), _cells(y, size)
+    du = u - 0.2 * size * lattice(column, row, seed)
+    dv = v - 0.2 * size * lattice(column, row, seed + 1)
+    radius = (0.28 * size - (du * du + dv * dv).sqrt()) / (0.12 * size + pixel)
+    cover, kind = (radius + 0.5).clamp(0, 1) * fade(size, pixel), lattice(column, row, seed + 2)
+    return cover * (kind > 0.8), cover * (kind < -0.8)
+
+
 def brick(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> Surface:
     width, height = 0.27, 0.118
     rough, rx, ry = fbm(x, y, seed, pixel, 0.10, 0.55, finest=finest)
@@ -68,13 +78,15 @@ def sand(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> Su
     phase = (y + 0.25 * x + 0.045 * dune) * (tau / wave)
     ripple, slope = phase.sin(), phase.cos()
     slope = 0.30 * (slope + 0.45 * (2 * phase).cos()) * (0.65 + 0.45 * dune) * fade(wave / 2, pixel)
-    grain, gx, gy = fbm(x, y, seed + 5, pixel, 0.016, 0.72, finest=finest)
+    patch, _, _ = fbm(x, y, seed + 3, pixel, 0.05, 0.6, 4, finest=finest)
+    grain, gx, gy = fbm(x, y, seed + 5, pixel, 0.0075, 0.72, finest=finest)
+    bright, dark = _specks(x, y, pixel, seed + 6, 0.0042)
     return Surface(
-        (0.42 - 0.20 * ripple + 0.20 * dune + 0.12 * grain).clamp(0, 1),
-        (0.5 * smoothstep(0.7, 1.3, grain)),
-        1 + 0.07 * dune + 0.07 * grain,
-        slope * (0.25 + 0.045 * dx) + 0.04 * dx + 0.0011 * gx,
-        slope * (1 + 0.045 * dy) + 0.04 * dy + 0.0011 * gy,
+        (0.42 - 0.20 * ripple + 0.20 * dune + 0.10 * patch + 0.22 * grain).clamp(0, 1),
+        0.7 * bright,
+        1 + 0.06 * dune + 0.05 * patch + 0.08 * grain - 0.3 * dark,
+        slope * (0.25 + 0.045 * dx) + 0.04 * dx + 0.0008 * gx,
+        slope * (1 + 0.045 * dy) + 0.04 * dy + 0.0008 * gy,
         0.0,
     )
 
@@ -124,45 +136,46 @@ def planks(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> 
     gap = 1 - _step(0.0014, 0.0034, edge, pixel)
     bevel = (1 - edge / 0.009).clamp(0, 1) * (1 - gap) * 0.8
     return Surface(
-        (0.40 + 0.26 * rings + 0.30 * fibre).clamp(0, 1),
+        (0.40 + 0.34 * rings + 0.26 * fibre).clamp(0, 1),
         0.85 * gap,
         (1 + 0.14 * tone + 0.08 * fibre) * (1 - 0.22 * smoothstep(0.014, 0.002, edge)),
-        0.020 * fx,
-        0.020 * fy - v.sign() * bevel,
+        0.012 * fx,
+        0.012 * fy - v.sign() * bevel,
         0.06,
     )
 
 
 def water(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> Surface:
-    swell, sx, sy = fbm(x, y * 1.35, seed, pixel, 0.34, 0.5, 4, finest=finest)
-    chop, cx, cy = fbm(
-        x + 0.10 * swell, y * 1.7 - 0.06 * swell, seed + 3, pixel * 1.7, 0.115, 0.52, finest=1.7 * finest
-    )
-    crest = (1 - 1.6 * chop.abs()).clamp(0, 1)
-    caustic = crest * crest * crest
-    ring, rx, ry = fbm(x - 0.05 * chop, y * 1.4, seed + 6, pixel, 0.03, 0.6, finest=finest)
+    swell, sx, sy = fbm(x, y * 1.3, seed, pixel, 0.40, 0.5, 3, finest=finest)
+    bend, _, _ = fbm(x, y, seed + 1, pixel, 0.16, 0.5, 3, finest=finest)
+    # light gathers along the zero lines of two drifting waves
+    u, v = x + 0.055 * bend + 0.05 * swell, y * 1.45 - 0.055 * bend
+    wave, wx, wy = fbm(u, v, seed + 3, pixel * 1.45, 0.125, 0.30, 3, finest=1.45 * finest)
+    chop, cx, cy = fbm(u - 0.3 * v, v + 0.2 * u, seed + 4, pixel * 1.6, 0.070, 0.36, finest=1.6 * finest)
+    line, thin = (1 - 3.2 * wave.abs()).clamp(0, 1), (1 - 3.4 * chop.abs()).clamp(0, 1)
+    caustic = line * line * (0.45 + 0.55 * thin) + 0.35 * thin * thin * thin
+    ring, rx, ry = fbm(u, v, seed + 6, pixel * 1.45, 0.024, 0.62, finest=1.45 * finest)
     return Surface(
-        (0.52 - 0.55 * swell - 0.25 * chop).clamp(0, 1),
-        (0.40 * caustic * caustic * (0.75 + 0.5 * swell + 0.25 * ring)).clamp(0, 1),
-        1 + 0.06 * swell + 0.05 * ring,
-        0.020 * sx + 0.010 * cx + 0.0016 * rx,
-        0.027 * sy + 0.017 * cy + 0.0022 * ry,
-        0.42,
+        (0.52 - 0.45 * swell - 0.22 * wave - 0.12 * chop).clamp(0, 1),
+        (0.62 * caustic * (0.8 + 0.4 * swell + 0.30 * ring)).clamp(0, 0.75),
+        1 + 0.05 * swell + 0.05 * ring,
+        0.012 * sx + 0.011 * wx + 0.0045 * cx + 0.0008 * rx,
+        0.016 * sy + 0.016 * wy + 0.0070 * cy + 0.0012 * ry,
+        0.32,
     )
 
 
 def snow(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> Surface:
-    drift, dx, dy = fbm(x, y * 1.25, seed, pixel, 0.36, 0.42, 5, finest=finest)
-    crust, kx, ky = fbm(x, y, seed + 4, pixel, 0.030, 0.68, finest=finest)
-    ix, iy = (x / 0.004).floor().to(torch.int32), (y / 0.004).floor().to(torch.int32)
-    glint = (lattice(ix, iy, seed + 8) > 0.985).to(x.dtype) * fade(0.004, pixel)
+    drift, dx, dy = fbm(x, y * 1.25, seed, pixel, 0.36, 0.36, 5, finest=finest)
+    crust, kx, ky = fbm(x, y, seed + 4, pixel, 0.020, 0.66, finest=finest)
+    glint, _ = _specks(x, y, pixel, seed + 8, 0.004)
     hollow = smoothstep(0.35, -1.0, drift + 0.12 * crust)
     return Surface(
         0.85 * hollow + 0.05,
         0.7 * glint,
         0.97 + 0.02 * crust,
-        0.070 * dx + 0.0016 * kx,
-        0.087 * dy + 0.0016 * ky,
+        0.072 * dx + 0.0010 * kx,
+        0.090 * dy + 0.0010 * ky,
         0.10,
     )
 
@@ -171,36 +184,37 @@ def wooden(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> 
     rings, fibre, fx, fy = _grain(x * 0.9, y * 0.9, pixel * 0.9, seed, finest * 0.9)
     pores = smoothstep(0.65, 1.25, fibre)
     return Surface(
-        (0.42 + 0.42 * rings + 0.26 * fibre).clamp(0, 1),
+        (0.45 + 0.50 * rings + 0.24 * fibre).clamp(0, 1),
         0.55 * pores,
         1 + 0.06 * fibre,
-        0.024 * fx,
-        0.024 * fy,
+        0.015 * fx,
+        0.015 * fy,
         0.10,
     )
 
 
 def knitted(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> Surface:
-    wide, tall = 0.34, 0.25
+    wide, tall, lean = 0.40, 0.20, 1.15
     wobble, _, _ = value_noise(x * 2.5, y * 2.5, seed)
-    _, u = _cells(x + 0.025 * wobble, wide)
+    _, u = _cells(x + 0.02 * wobble, wide)
     side = u.sign()
     arm = u.abs() - 0.25 * wide  # across one arm of the V
-    _, v = _cells(y + 0.02 * wobble - 1.05 * u.abs(), tall)
-    visible = fade(0.10, pixel)
-    ridge = (arm * (tau / (0.5 * wide))).cos()
-    loop = (v * (tau / tall)).cos()
-    height = 0.5 * ridge + 0.5 * loop
-    thread = ((v + 0.8 * arm) * (tau / 0.075)).sin() * fade(0.0375, pixel)
+    _, v = _cells(y + 0.02 * wobble + lean * u.abs(), tall)
+    visible = fade(0.08, pixel)
+    # each arm is a cushion: full along its middle, falling off to the next arm and the next row
+    a, b = (0.25 * wide - arm.abs()) / (0.22 * wide), (0.5 * tall - v.abs()) / (0.36 * tall)
+    fall_a, fall_b = (1 - a).clamp(0, 1), (1 - b).clamp(0, 1)
+    cushion = (1 - fall_a * fall_a) * (1 - fall_b * fall_b)
+    thread = ((v - 0.9 * arm) * (tau / 0.067)).sin() * fade(0.033, pixel)
     fuzz, fx, fy = fbm(x, y, seed + 2, pixel, 0.05, 0.7, finest=finest)
-    along = -0.5 * (v * (tau / tall)).sin() * visible
-    across = -0.5 * (arm * (tau / (0.5 * wide))).sin() * visible
+    across = -0.75 * arm.sign() * fall_a * visible
+    along = -0.85 * v.sign() * fall_b * visible + 0.16 * thread
     return Surface(
-        visible * smoothstep(0.30, -0.55, height),
-        visible * (0.35 * smoothstep(0.35, 1.0, height) + 0.10 * thread * height.clamp_min(0)),
-        1 + 0.06 * thread + 0.06 * fuzz,
-        side * (0.9 * across - 1.05 * 0.6 * along) + 0.006 * fx,
-        0.6 * along + 0.006 * fy,
+        visible * smoothstep(0.75, 0.05, cushion) + 0.10 * (1 - visible),
+        visible * (0.30 * smoothstep(0.6, 1.0, cushion)),
+        1 + 0.07 * thread * cushion + 0.06 * fuzz,
+        side * (across + lean * along) + 0.005 * fx,
+        along + 0.005 * fy,
         0.0,
     )
 
@@ -263,14 +277,14 @@ def metal(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> S
             best = torch.where(nearer, distance, best)
             to_x, to_y = torch.where(nearer, px, to_x), torch.where(nearer, py, to_y)
     ridge = (second.sqrt() - best.sqrt()) / size
-    scratch, sx, sy = fbm(x * 0.05, y, seed + 4, pixel, 0.045, 0.72, turn=0, finest=finest)
-    dent = fade(0.15, pixel) * 2.0
+    scratch, sx, sy = fbm(x * 0.05, y, seed + 4, pixel, 0.045, 0.62, turn=0, finest=finest)
+    dent = fade(0.15, pixel) * 2.2
     return Surface(
         0.35 * smoothstep(0.25, 0.0, ridge) + 0.10 + 0.10 * scratch,
         0.10 + 0.25 * smoothstep(0.45, 0.9, ridge),
         1 + 0.05 * scratch,
-        -dent * to_x + 0.0035 * 0.05 * sx,
-        -dent * to_y + 0.0035 * sy,
+        -dent * to_x + 0.0001 * sx,
+        -dent * to_y + 0.0020 * sy,
         0.75,
     )
 

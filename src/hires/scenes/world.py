@@ -178,7 +178,7 @@ def scene(scene_id: int) -> Scene:
         background,
         int(u() * len(PALETTES[background])),
         scale=exp(log(0.8) + log(1.25 / 0.8) * u()),
-        turn=(u() - 0.5) * 0.25,
+        turn=(u() - 0.5) * 0.14,
         seed=int(u() * 2**31),
         light=pi * (1.15 + 0.7 * u()),
         elevation=pi * (0.24 + 0.06 * u()),
