@@ -1,0 +1,78 @@
+"""FID, KID, IS, CLIP score and their patch versions; object counts and spectra; each with an interval and its protocol.
+
+`evaluate` scores lists of images; the stages `features`, `scores` and `metrics` do the same for stored image sets.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from hires.config import Metrics
+from hires.errors import HiresError
+from hires.metrics.features import Crops, Features, extract
+from hires.metrics.networks import Clip, ClipFeatures, FeatureNetwork, Inception, load_clip, load_features
+from hires.metrics.pixels import Source
+from hires.metrics.scores import ROW, frame, paired, per_image, score
+
+__all__ = [
+    "Clip",
+    "ClipFeatures",
+    "Crops",
+    "FeatureNetwork",
+    "Features",
+    "Inception",
+    "Source",
+    "evaluate",
+    "extract",
+    "load_clip",
+    "load_features",
+    "paired",
+    "per_image",
+    "score",
+]
+
+
+def evaluate(
+    images: Sequence[Image.Image],
+    references: Sequence[Image.Image],
+    prompts: Sequence[str],
+    scenes: Sequence[int] | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Score images against reference images of the same prompts.
+
+    Args:
+        images, references, prompts: n each; image i and reference i belong to prompt i.
+        scenes: n scene ids where the references are true renders; adds counts, colours, repetition and spectrum.
+        settings: fields of the configuration's `metrics` section (features, clip, scores, patch, bootstrap, …). Here
+            kid_subset_size defaults to n.
+
+    Returns:
+        One row per score: metric, value, low, high, n, flag, protocol. A score undefined at n has no row.
+    """
+    if not len(images) == len(references) == len(prompts) == len(scenes or images) > 0:
+        raise HiresError(
+            f"{len(images)} images, {len(references)} references, {len(prompts)} prompts"
+            + (f", {len(scenes)} scenes" if scenes else "")
+            + ": give as many of each, and at least one"
+        )
+    metrics = Metrics.model_validate({"kid_subset_size": max(2, len(images)), **settings})
+    network, clip = load_features(metrics.features, device), load_clip(metrics.clip, device)
+    ids = [f"{i:06}" for i in range(len(images))]
+
+    def features(given: Sequence[Image.Image]) -> Features:
+        sources = [Source(name, 0, image) for name, image in zip(ids, given)]
+        return extract(sources, prompts, network, clip, crops_of(metrics), scenes, threads)
+
+    found, true = features(images), features(references)
+    return frame(score(found, true, metrics, per_image(found, metrics.scores)))[ROW]
+
+
+def crops_of(metrics: Metrics) -> Crops | None:
+    """The crops that the patch scores of a configuration need; None when it asks for none."""
+    asked = any(name.endswith("_patch") for name in metrics.scores)
+    return Crops(metrics.patch.size, metrics.patch.per_image, metrics.patch.seed) if asked else None

@@ -1,0 +1,36 @@
+"""Resampling of prompts: the source of every interval and paired test."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+COVERAGE = 0.95
+
+
+def draw_prompts(prompts: int, replicates: int, seed: int = 0) -> Tensor:
+    """How often each of `prompts` prompts is drawn in each replicate, (replicates, prompts) int64.
+
+    The same for every image set with as many prompts, which is what makes differences of replicates paired.
+    Replicates that hold one prompt only are drawn again: KID and IS compare different prompts.
+    """
+    rng = np.random.default_rng([seed, prompts])
+    draws = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=replicates)
+    while prompts > 1 and (single := (draws > 0).sum(1) < 2).any():
+        draws[single] = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=int(single.sum()))
+    return torch.from_numpy(draws)
+
+
+def interval(replicates: NDArray[np.float64]) -> tuple[float, float]:
+    """The central 95 % of the replicates."""
+    low, high = np.quantile(replicates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def centred(replicates: NDArray[np.float64], value: float) -> NDArray[np.float64]:
+    """Replicates moved so that their mean is `value`.
+
+    A resample holds fewer distinct prompts than the set, which shifts FID and IS (biased in n) but hardly spreads
+    them: the interval is that of the score at this n.
+    """
+    return replicates - replicates.mean() + value

@@ -1,0 +1,158 @@
+"""Features of one image set: extracted once, stored, and all that the scores are computed from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hires.errors import HiresError
+from hires.metrics.networks import Clip, FeatureNetwork
+from hires.metrics.pixels import Pixels, Reader, Source
+from hires.scenes import COLOURS, scene
+from hires.storage import replacing
+
+VERSION = 1
+BATCH = 64  # images in one call of a network
+CROP_TENSORS = ("crop_features", "crop_logits")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops at native resolution: side in pixels, how many of one image, seed of the boxes."""
+
+    size: int
+    per_image: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What was extracted from n images.
+
+    tensors: features (n, d), logits (n, classes), clip_image and clip_text (n, e), float32; bands (n, 3), log₁₀ power,
+    float64; cut (n,), whether the prompt was cut; with crops crop_features (n·k, d), crop_logits (n·k, classes); for
+    scenes objects and true_objects (n, colours), how many of each colour.
+    metadata: networks, views, crops; SHA-256 and crop boxes (top, left) of every file by <id>-<seed>.
+    """
+
+    ids: list[str]
+    seeds: list[int]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: Sequence[int]) -> "Features":
+        """The features of some of the images."""
+        per_image = self.metadata["crops"]["per_image"] if self.metadata["crops"] else 0
+        index = torch.tensor(rows, dtype=torch.long)
+        crop_index = (index[:, None] * per_image + torch.arange(per_image)).flatten()
+        tensors = {name: t[crop_index if name in CROP_TENSORS else index] for name, t in self.tensors.items()}
+        return Features([self.ids[i] for i in rows], [self.seeds[i] for i in rows], tensors, self.metadata)
+
+    def save(self, path: Path) -> None:
+        """Write safetensors, whole or not at all; the same features give the same bytes."""
+        record = {"version": VERSION, "ids": self.ids, "seeds": self.seeds, **self.metadata}
+        with replacing(path) as temporary:
+            save_file(self.tensors, temporary, {"hires": json.dumps(record, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["hires"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise HiresError(f"{path} does not exist: extract the features first (hires features)") from None
+        if record.pop("version") != VERSION:
+            raise HiresError(f"{path}: features of another version; delete the file and run `hires features` again")
+        return cls(record.pop("ids"), record.pop("seeds"), tensors, record)
+
+
+@torch.inference_mode()
+def extract(
+    sources: Sequence[Source],
+    prompts: Sequence[str],
+    network: FeatureNetwork,
+    clip: Clip,
+    crops: Crops | None = None,
+    scenes: Sequence[int] | None = None,
+    threads: int = 1,
+) -> Features:
+    """Read every image once and keep what the scores need.
+
+    Args:
+        sources: n images, all of one size when there are crops.
+        prompts: n prompts.
+        crops: None leaves the patch scores out. HiresError unless their size is the network's input.
+        scenes: n scene ids where the prompts are scenes; the images are then parsed.
+        threads: readers. The result does not depend on it.
+    """
+    if crops and crops.size != network.crop:
+        raise HiresError(
+            f"metrics.patch.size = {crops.size}: {network.name} takes crops of {network.crop} px, unresized"
+        )
+    box = (crops.size, crops.per_image, crops.seed) if crops else None
+    reader = Reader((network.view, clip.view), box, scenes is not None)
+    parts: dict[str, list[Tensor]] = {}
+    files: list[dict[str, Any]] = []
+    for batch in reader.batches(sources, threads):
+        torch.set_num_threads(threads)  # a reading thread's setting reaches some libraries of this one
+        for name, values in _of(batch, network, clip).items():
+            parts.setdefault(name, []).append(values.cpu())
+        files += [{"sha256": pixels.sha256, "boxes": pixels.boxes} for pixels in batch]
+    tensors = {name: torch.cat(values) for name, values in parts.items()}
+    different = sorted(set(prompts))
+    text, cut = (values.cpu() for values in clip.text(different))
+    rows = torch.tensor([different.index(prompt) for prompt in prompts])
+    tensors |= {"clip_text": text[rows], "cut": cut[rows]}
+    if scenes is None:
+        del tensors["objects"]
+    else:
+        tensors["true_objects"] = torch.tensor([_objects(scene_id) for scene_id in scenes])
+    metadata = {
+        "network": network.name,
+        "view": str(network.view),
+        "splits": network.splits,
+        "clip": clip.name,
+        "clip_view": str(clip.view),
+        "clip_length": clip.length,
+        "crops": crops and crops.__dict__,
+        "files": {f"{source.id}-{source.seed}": file for source, file in zip(sources, files)},
+    }
+    return Features([s.id for s in sources], [s.seed for s in sources], tensors, metadata)
+
+
+def _of(batch: list[Pixels], network: FeatureNetwork, clip: Clip) -> dict[str, Tensor]:
+    views = [[pixels.views[k] for pixels in batch] for k in range(2)]
+    whole = views[0]
+    if network.view.size is None:  # of any size: one by one
+        outputs = [network(image[None]) for image in whole]
+    else:
+        outputs = [network(torch.stack(whole[k : k + BATCH])) for k in range(0, len(whole), BATCH)]
+    values = {
+        "features": torch.cat([features for features, _ in outputs]),
+        "logits": torch.cat([logits for _, logits in outputs]),
+        "clip_image": clip.image(torch.stack(views[1])),
+        "bands": torch.tensor([pixels.bands.tolist() for pixels in batch], dtype=torch.float64),
+        "objects": torch.tensor([pixels.objects for pixels in batch]),
+    }
+    if batch[0].crops is not None:
+        crops = torch.cat([pixels.crops for pixels in batch if pixels.crops is not None])
+        outputs = [network(part) for part in crops.split(BATCH)]
+        values["crop_features"] = torch.cat([features for features, _ in outputs])
+        values["crop_logits"] = torch.cat([logits for _, logits in outputs])
+    return values
+
+
+def _objects(scene_id: int) -> list[int]:
+    true = [item.colour for item in scene(scene_id).objects]
+    return [true.count(name) for name in COLOURS]

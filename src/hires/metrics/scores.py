@@ -1,0 +1,275 @@
+"""Scores of an image set from its features: values, intervals, flags, and paired differences between sets."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hires.config import Metrics
+from hires.metrics import distances
+from hires.metrics.bootstrap import centred, draw_prompts, interval
+from hires.metrics.features import Features
+from hires.metrics.pixels import BANDS
+
+FID_REPLICATES = 200  # at most: each takes singular values
+SET = ["study", "setting", "backbone", "variant", "height", "width"]
+ROW = ["metric", "value", "low", "high", "n", "flag", "protocol"]
+TIDY = ["study", "setting", "trial", "backbone", "variant", "height", "width", *ROW]
+PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]
+PER_IMAGE = {
+    "clip": ["clip"],
+    "count": ["count"],
+    "colours": ["colours"],
+    "repetition": ["repetition"],
+    "spectrum": [f"spectrum_{band}" for band in BANDS],
+    "seconds": ["seconds"],
+    "peak_bytes": ["peak_bytes"],
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number with its replicates over resampled prompts."""
+
+    metric: str
+    value: float
+    replicates: NDArray[np.float64]
+    n: int
+    flag: str
+    protocol: str
+
+    def row(self) -> dict:
+        low, high = interval(self.replicates)
+        return {**self.__dict__, "low": low, "high": high, "replicates": self.replicates.tolist()}
+
+
+def per_image(images: Features, scores: Iterable[str], manifest: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Scores that single images have: columns id, seed, metric, value.
+
+    clip: 100 · cos of image and prompt (Hessel et al. 2021), not cut at 0. count: 1 where as many objects are found as
+    the scene has. colours: 1 where every colour of the scene is found. repetition: objects beyond the scene's.
+    spectrum_low, _mid, _high: log₁₀ band powers (`pixels.band_powers`). seconds, peak_bytes: from `manifest` (columns
+    id, seed, seconds, peak_bytes). Scores that need a scene, or a manifest, are left out where there is none.
+    """
+    t, values = images.tensors, {}
+    cosine = torch.nn.functional.cosine_similarity(t["clip_image"].double(), t["clip_text"].double())
+    values["clip"] = 100 * cosine.numpy()
+    values |= {f"spectrum_{band}": t["bands"][:, k].numpy() for k, band in enumerate(BANDS)}
+    if "objects" in t:
+        found, true = t["objects"], t["true_objects"]
+        extra = found.sum(1) - true.sum(1)
+        values["count"] = (extra == 0).double().numpy()
+        values["colours"] = ((found > 0) | (true == 0)).all(1).double().numpy()
+        values["repetition"] = extra.clamp(min=0).double().numpy()
+    if manifest is not None:
+        rows = manifest.set_index(["id", "seed"]).loc[list(zip(images.ids, images.seeds))]
+        measured = rows[["seconds", "peak_bytes"]].astype(float).dropna(axis=1)
+        values |= {name: measured[name].to_numpy() for name in measured}
+    wanted = [name for score in scores for name in PER_IMAGE.get(score, []) if name in values]
+    place = {"id": images.ids, "seed": images.seeds}
+    tables = [pd.DataFrame({**place, "metric": name, "value": values[name]}) for name in wanted]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "seed", "metric", "value"])
+
+
+def score(images: Features, references: Features, settings: Metrics, table: pd.DataFrame) -> list[Score]:
+    """All of `settings.scores` that are defined for these images.
+
+    Intervals: 95 % of `settings.bootstrap` resamples of the prompts (at most FID_REPLICATES for FID), drawn alike for
+    every image set. FID, KID and spectrum compare with the references of the same prompts, resampled with them.
+
+    Args:
+        references: one image of each prompt, or of most (addresses die); those of other prompts are left aside.
+        table: what `per_image` gave.
+    """
+    names = list(dict.fromkeys(images.ids))
+    rows = {name: i for i, name in enumerate(references.ids)}
+    there = [name for name in names if name in rows]
+    owners = torch.tensor([names.index(name) for name in there], dtype=torch.long)
+    return _Scorer(images, references.take([rows[name] for name in there]), owners, settings).all(table)
+
+
+class _Scorer:
+    """`owners` (m,): to which prompt of `images`, counted in their order, each reference belongs."""
+
+    def __init__(self, images: Features, references: Features, owners: Tensor, settings: Metrics):
+        self.images, self.references, self.reference_prompts, self.settings = images, references, owners, settings
+        names = list(dict.fromkeys(images.ids))
+        self.prompts = torch.tensor([names.index(name) for name in images.ids])
+        self.draws = draw_prompts(len(names), settings.bootstrap)
+        self.note = f"interval: {settings.bootstrap} resamples of {len(names)} prompts"
+
+    def all(self, table: pd.DataFrame) -> list[Score]:
+        found = [self.mean(str(name), rows["value"].to_numpy()) for name, rows in table.groupby("metric", sort=False)]
+        makers: dict[str, Callable[[bool], Score | None]] = {
+            "fid": self.fid,
+            "kid": self.kid,
+            "is": self.inception_score,
+        }
+        for name in self.settings.scores:
+            maker = makers.get(name.removesuffix("_patch"))
+            if maker and (made := maker(name.endswith("_patch"))):
+                found.append(made)
+        if "spectrum" in self.settings.scores and "objects" in self.images.tensors:
+            found.append(self.spectrum())
+        return found
+
+    def mean(self, metric: str, values: NDArray[np.float64]) -> Score:
+        weights = self.draws[:, self.prompts].numpy().astype(np.float64)
+        meta = self.images.metadata
+        what = ""
+        if metric == "clip":
+            cut = int(self.images.tensors["cut"].sum())
+            what = f"{meta['clip']}, {meta['clip_view']}, {cut} of {len(self.images)} prompts cut at "
+            what += f"{meta['clip_length']} tokens; "
+        elif metric in ("count", "colours", "repetition"):
+            what = "objects read by hires.scenes.parse; "
+        elif metric.startswith("spectrum"):
+            low, high = BANDS[metric.removeprefix("spectrum_")]
+            what = f"log10 of grey-level variance in {low:g}–{high:g} of Nyquist, Hann window; "
+        if metric == "peak_bytes":
+            highest = np.where(weights > 0, values, -np.inf).max(1)
+            return self.make(metric, float(values.max()), highest, "", f"highest of all images; {self.note}")
+        return self.make(metric, float(values.mean()), weights @ values / weights.sum(1), "", f"{what}{self.note}")
+
+    def fid(self, patch: bool) -> Score | None:
+        (x, y), (i, j) = self.samples("features", patch), self.owners(patch)
+        if min(len(x), len(y)) < 2:
+            return None
+        draws = self.draws[:FID_REPLICATES].double()
+        replicates = np.array([distances.fid(x, y, w[i], w[j]) for w in draws]) if self.several else np.empty(0)
+        value = distances.fid(x, y)
+        short = min(len(x), len(y))
+        few = f"{short} samples for {x.shape[1]} dimensions: biased upwards" if short <= x.shape[1] else ""
+        note = self.note.replace(f"{self.settings.bootstrap} resamples", f"{len(draws)} resamples")
+        return self.make("fid", value, replicates, few, f"{self.protocol(patch)}; {note}", patch, centre=True)
+
+    def kid(self, patch: bool) -> Score | None:
+        (x, y), (i, j) = self.samples("features", patch), self.owners(patch)
+        size, subsets = self.settings.kid_subset_size, self.settings.kid_subsets
+        if min(len(x), len(y)) < size:
+            return None
+        value, _ = distances.kid(x, y, size, subsets, torch.Generator().manual_seed(0))
+        replicates = distances.kid_replicates(x, y, i, j, self.draws).numpy() if self.several else np.empty(0)
+        how = f"cubic kernel, {subsets} subsets of {size}"
+        return self.make(
+            "kid", value, replicates, "", f"{self.protocol(patch)}; {how}; {self.note}", patch, centre=True
+        )
+
+    def inception_score(self, patch: bool) -> Score | None:
+        logits, owners = self.samples("logits", patch)[0], self.owners(patch)[0]
+        splits = self.images.metadata["splits"]
+        if len(logits) < 2 * splits:
+            return None
+        value, _ = distances.inception_score(logits, splits, torch.Generator().manual_seed(0))
+        replicates = distances.inception_score_replicates(logits, owners, self.draws).numpy()
+        how = f"{logits.shape[1]} classes, {splits} split{'s' * (splits > 1)}"
+        text = f"{self.protocol(patch, paired=False)}; {how}; {self.note}"
+        return self.make("is", value, replicates, "", text, patch, centre=True)
+
+    def spectrum(self) -> Score:
+        x, y = (f.tensors["bands"].numpy() for f in (self.images, self.references))
+        weights = self.draws[:, self.prompts].numpy().astype(np.float64)
+        draws = self.draws[:, self.reference_prompts].numpy().astype(np.float64)
+        means = weights @ x / weights.sum(1, keepdims=True) - draws @ y / draws.sum(1, keepdims=True)
+        value = float(np.abs(x.mean(0) - y.mean(0)).mean())
+        text = f"mean over {len(BANDS)} bands of |mean log10 power − that of the true renders|; {self.note}"
+        return self.make("spectrum", value, np.abs(means).mean(1), "", text, centre=True)
+
+    @property
+    def several(self) -> bool:
+        return self.draws.shape[1] > 1
+
+    def samples(self, name: str, patch: bool) -> tuple[Tensor, Tensor]:
+        name = f"crop_{name}" if patch else name
+        return self.images.tensors[name], self.references.tensors[name]
+
+    def owners(self, patch: bool) -> tuple[Tensor, Tensor]:
+        """The prompt of each sample on both sides."""
+        count = self.images.metadata["crops"]["per_image"] if patch else 1
+        return self.prompts.repeat_interleave(count), self.reference_prompts.repeat_interleave(count)
+
+    def protocol(self, patch: bool, paired: bool = True) -> str:
+        meta = self.images.metadata
+        where = meta["view"]
+        if patch:
+            crops = meta["crops"]
+            where = f"{crops['per_image']} crops of {crops['size']} px per image, not resized, seed {crops['seed']}"
+        against = f" against {len(self.references)}" if paired else ""
+        dimension = self.images.tensors["features"].shape[1]
+        return f"{meta['network']} ({dimension} features), {where}; {len(self.images)}{against} images"
+
+    def make(
+        self,
+        metric: str,
+        value: float,
+        replicates: NDArray[np.float64],
+        few: str,
+        protocol: str,
+        patch: bool = False,
+        centre: bool = False,
+    ) -> Score:
+        n, least = len(self.images), self.settings.minimum_n
+        flags = [few] if few else []
+        if metric in ("fid", "kid", "is") and n < least:
+            flags.insert(0, f"n = {n}, below {least}")
+        if not self.several:
+            flags.append("one prompt: no interval")
+            replicates = np.array([value])
+        elif centre:
+            replicates = centred(replicates, value)
+        return Score(f"{metric}_patch" if patch else metric, value, replicates, n, "; ".join(flags), protocol)
+
+
+def ceiling(references: Features, settings: Metrics) -> list[Score]:
+    """The references scored as if they were an image set, as the best that can be reached.
+
+    Single-image scores, IS and spectrum as they are; FID and KID of every second reference against the others, with
+    half the KID subset size.
+    """
+    single = score(references, references, settings, per_image(references, settings.scores))
+    found = [s for s in single if s.metric.removesuffix("_patch") not in ("fid", "kid")]
+    half = len(references) // 2
+    if half:
+        even, odd = references.take(range(0, 2 * half, 2)), references.take(range(1, 2 * half, 2))
+        only = {
+            "scores": [name for name in settings.scores if name.removesuffix("_patch") in ("fid", "kid")],
+            "kid_subset_size": max(2, settings.kid_subset_size // 2),
+        }
+        halves = _Scorer(even, odd, torch.arange(half), settings.model_copy(update=only))
+        empty = pd.DataFrame(columns=["id", "seed", "metric", "value"])
+        found += [
+            replace(s, protocol=f"every second reference against the others; {s.protocol}") for s in halves.all(empty)
+        ]
+    return found
+
+
+def frame(scores: Sequence[Score], **columns) -> pd.DataFrame:
+    """Tidy rows of scores, with the given columns before them and their replicates behind."""
+    rows = pd.DataFrame([s.row() for s in scores], columns=[*ROW, "replicates"])
+    return pd.concat([pd.DataFrame(columns, index=rows.index), rows], axis=1)
+
+
+def paired(scores: pd.DataFrame) -> pd.DataFrame:
+    """Differences a − b between the variants of each study, setting, backbone and size, with 95 % intervals.
+
+    Replicates of both sides come from the same resampled prompts (`bootstrap.draw_prompts`), so their differences are
+    those of a paired bootstrap: for a mean over images that of the per-image differences, for FID, KID and IS that of
+    the sets.
+
+    Args:
+        scores: what `frame` gave for image sets; one trial.
+    """
+    found = []
+    keys = ["study", "setting", "backbone", "height", "width", "metric"]
+    for key, group in scores.groupby(keys, sort=False):
+        for a, b in combinations(group.itertuples(), 2):
+            if a.n != b.n:
+                continue
+            low, high = interval(np.asarray(a.replicates) - np.asarray(b.replicates))
+            found.append([*key, a.variant, b.variant, a.value - b.value, low, high, a.n])
+    return pd.DataFrame(found, columns=PAIRED)

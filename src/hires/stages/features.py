@@ -1,0 +1,111 @@
+"""Stage: features of image sets and of references; the only stage of the metrics that opens images or needs a GPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hires import layout, shards
+from hires.config import Config, ImageSet
+from hires.devices import locked_device
+from hires.errors import HiresError, unknown
+from hires.prompts import Prompt, read_prompts
+from hires.stages import VERSIONS
+from hires.storage import digest, read_json
+
+
+def run(
+    config: Config,
+    study: str,
+    backbone: str,
+    height: int,
+    width: int,
+    *,
+    settings: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    device: str | None = None,
+) -> None:
+    """Extract the features of image sets that share study, backbone and size (pixels); those that still fit are kept.
+
+    `settings`, `variants`: those of the study when None. Declared outputs: one `layout.features` per image set.
+    """
+    sets = image_sets(config, study, backbone, height, width, settings, variants)
+    work = {layout.features(config, images): read_manifests(layout.image_shards(config, images)) for images in sets}
+    _extract(config, f"features {study} {backbone} {height}x{width}", work, device)
+
+
+def run_references(config: Config, height: int, width: int, device: str | None = None) -> None:
+    """Extract the features of the references of one size. Declared output: `layout.reference_features`."""
+    entries = read_manifests([layout.reference_manifest(config, height, width)])
+    work = {layout.reference_features(config, height, width): [{**entry, "seed": 0} for entry in entries]}
+    _extract(config, f"features references {height}x{width}", work, device)
+
+
+def image_sets(
+    config: Config,
+    study: str,
+    backbone: str,
+    height: int,
+    width: int,
+    settings: Sequence[str] | None,
+    variants: Sequence[str] | None,
+) -> list[ImageSet]:
+    """The named image sets; all settings and variants of the study where None."""
+    if study not in config.studies:
+        raise unknown("study", study, config.studies)
+    return [
+        config.image_set(study, setting, backbone, variant, height, width)
+        for setting in settings or config.studies[study].settings
+        for variant in variants or config.studies[study].variants
+    ]
+
+
+def read_manifests(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The images of some shards, each entry with its path under `file`."""
+    entries = []
+    for path in paths:
+        if not path.is_file():
+            raise HiresError(f"{path} does not exist: make the images first (hires images, hires references)")
+        entries += [{**entry, "file": path.parent / entry["file"]} for entry in read_json(path)["images"]]
+    return entries
+
+
+def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], device: str | None) -> None:
+    import torch
+
+    from hires.metrics import Features, Source, crops_of, extract, load_clip, load_features
+
+    settings, prompts = config.metrics, {p.id: p for p in read_prompts(layout.prompts(config))}
+    torch.set_num_threads(config.compute.threads)
+    with shards.told(what, len(work)) as made, locked_device(device or config.compute.device) as place:
+        for path, entries in work.items():
+            asked = [prompts[entry["id"]] for entry in entries]
+            key = digest(
+                {
+                    "version": VERSIONS["features"],
+                    "metrics": settings.model_dump(include={"features", "clip", "patch"}, mode="json"),
+                    "crops": crops_of(settings) is not None,
+                    "images": [[entry["sha256"], prompt.prompt] for entry, prompt in zip(entries, asked)],
+                }
+            )
+            if path.exists() and Features.load(path).metadata["key"] == key:
+                continue
+            features = extract(
+                [Source(entry["id"], entry["seed"], entry["file"], entry["sha256"]) for entry in entries],
+                [prompt.prompt for prompt in asked],
+                load_features(settings.features, place),
+                load_clip(settings.clip, place),
+                crops_of(settings),
+                _scenes(asked),
+                config.compute.threads,
+            )
+            features.metadata["key"] = key
+            features.save(path)
+            made.append(1)
+
+
+def _scenes(prompts: Sequence[Prompt]) -> list[int] | None:
+    """Scene ids of prompts that are captions of scenes, None when one is not."""
+    from hires.scenes import scene_of_url
+
+    urls = [prompt.url or "" for prompt in prompts]
+    return [scene_of_url(url) for url in urls] if all(url.startswith("scene://") for url in urls) else None
