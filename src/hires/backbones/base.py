@@ -1,5 +1,6 @@
 """What the cascade needs to know about a model family, on the user's own diffusers pipeline."""
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ class Backbone(ABC):
         self.pipe = pipe
         self.name = name
         self.revision = revision
+        self._without_text = revision == "random" and pipe.text_encoder is None
         self.base_resolution = int(hints.get("base_resolution", self._trained_resolution()))
         self.size_multiple = int(hints.get("size_multiple", 64))
         self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
@@ -105,6 +107,12 @@ class Backbone(ABC):
         told_size: tuple[int, int],
     ) -> Tensor:
         """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
+
+    def _random_text(self, prompts: list[str], shapes: dict[str, tuple[int, ...]]) -> Conditioning:
+        """Stand-in for text encoders that a random-weight model lacks: noise seeded by the prompt."""
+        seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
+        generators = [Generator().manual_seed(seed) for seed in seeds]
+        return {name: draw(generators, shape, self.device).to(self.dtype) for name, shape in shapes.items()}
 
     # --- shared -------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,14 @@ class Flux(Backbone):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+        config = self.model.config
+        if self._without_text:
+            length = sampling.max_sequence_length or 512
+            shapes = {
+                "prompt_embeds": (length, config.joint_attention_dim),
+                "pooled": (config.pooled_projection_dim,),
+            }
+            return self._random_text(prompts, shapes)
         prompt_embeds, pooled, _ = self.pipe.encode_prompt(
             [prompt + sampling.prompt_suffix for prompt in prompts],
             device=self.device,

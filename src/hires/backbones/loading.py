@@ -168,7 +168,8 @@ def revision(folder: Path) -> str:
 def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
     """Random weights: the tiny models from their own builder, others from the configs that a folder holds."""
     if name in HINTS:
-        pipe = build_pipeline(name).to(device, dtype or torch.float32)
+        pipe: Any = build_pipeline(name)
+        pipe.to(device, dtype or torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return Backbone.from_pipeline(pipe, name, HINTS[name], "random")
     folder = CONFIGS / name if name in PRESETS else Path(name).expanduser()
@@ -179,33 +180,41 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
     if index["_class_name"] not in families:
         raise HiresError(f"{folder} holds a {index['_class_name']}: allowed: {', '.join(families)}")
     family = families[index["_class_name"]]
-    parts: dict[str, Any] = {}
-    former = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+    dtype = dtype or _default_dtype(family, device, folder)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        torch.set_default_dtype(dtype or _default_dtype(family, device, folder))
-        try:
-            for component, (library, class_name) in _components(index):
-                parts[component] = _random_component(folder / component, library, class_name)
-        finally:
-            torch.set_default_dtype(former)
+        parts = {
+            component: _random_component(folder / component, library, class_name, device, dtype)
+            for component, (library, class_name) in _components(index)
+        }
     pipe = family.pipeline_class(**parts)
     pipe.set_progress_bar_config(disable=True)
     return Backbone.from_pipeline(pipe, name, read_hints(folder), "random")
 
 
-def _random_component(part: Path, library: str | None, class_name: str | None) -> Any:
-    """One component of a pipeline from its configuration alone; tokenizers and schedulers are complete anyway."""
+def _random_component(
+    part: Path, library: str | None, class_name: str | None, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """One component of a pipeline from its configuration alone; tokenizers and schedulers are complete anyway.
+
+    A model is drawn in place, on its device and in its dtype: FLUX.1-dev in float32 would need 48 GB on the way.
+    """
     if library is None or class_name is None:
         return None
     known = getattr(diffusers if library == "diffusers" else transformers, class_name)
     config = part / "config.json"
     if not config.is_file():
         return known.from_pretrained(part)
-    if library == "diffusers":
-        model = known.from_config(json.loads(config.read_text()))
-    else:
-        model = known(known.config_class.from_pretrained(part))
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            if library == "diffusers":
+                model = known.from_config(json.loads(config.read_text()))
+            else:
+                model = known(known.config_class.from_pretrained(part))
+    finally:
+        torch.set_default_dtype(former)
     return model.eval().requires_grad_(False)
 
 

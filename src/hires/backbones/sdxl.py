@@ -45,6 +45,12 @@ class SDXL(Backbone):
     def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
         """No negative prompt means what the pipeline makes of None: zeros, for SDXL-base."""
         guided = self._guided(sampling)
+        if self._without_text:
+            config = self.model.config
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            positive_shapes = {"prompt_embeds": (77, config.cross_attention_dim), "pooled": (width,)}
+            negative_shapes = {f"negative_{name}": shape for name, shape in positive_shapes.items()}
+            return self._random_text(prompts, positive_shapes | (negative_shapes if guided else {}))
         positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             [prompt + sampling.prompt_suffix for prompt in prompts],
             device=self.device,

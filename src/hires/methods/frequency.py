@@ -35,7 +35,7 @@ def low_pass(x: Tensor, kernel: LowPass = "bilinear", factor: float = 1 / 8) -> 
 
     Kernels: bilinear, bicubic, nearest and lanczos go down to int(H·factor) × int(W·factor) and back up; fft is the
     ideal filter, |frequency| ≤ factor·Nyquist, on the periodic image; wavelet keeps the approximation of log2(1/factor)
-    levels of the LeGall 5/3 wavelet. HiresError where the factor leaves nothing or suits no number of levels.
+    levels of the LeGall 5/3 wavelet. HiresError where the factor leaves less than 2×2 pixels or suits no number of levels.
     """
     height, width = x.shape[2:]
     if kernel == "fft":
@@ -48,8 +48,8 @@ def low_pass(x: Tensor, kernel: LowPass = "bilinear", factor: float = 1 / 8) -> 
             raise HiresError(f"wavelet low-pass: the factor must be 1, 1/2, 1/4, 1/8, …, not {factor}")
         return _approximation(_approximation(x, levels, 2), levels, 3)
     small = int(height * factor), int(width * factor)
-    if 0 in small:
-        raise HiresError(f"low-pass factor {factor} leaves nothing of {height}x{width} latent pixels: raise it")
+    if min(small) < 2:  # one pixel is no image, and torch's antialiased resize to a width of one is wrong
+        raise HiresError(f"low-pass factor {factor} leaves {small[0]}x{small[1]} of {height}x{width} pixels: raise it")
     return resize(resize(x, small, kernel), (height, width), kernel)
 
 
