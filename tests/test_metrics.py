@@ -310,9 +310,7 @@ def test_every_score_has_a_finite_tidy_row(references, blurred):
     assert values["peak_bytes"] == N - 1
     for row in rows.itertuples():
         assert row.low <= row.value <= row.high
-        assert (
-            len(row.replicates) == (FID_REPLICATES if row.metric.startswith("fid") else 50) or len(row.replicates) == 50
-        )
+        assert len(row.replicates) == 50
 
 
 def test_small_n_is_flagged_and_undefined_scores_have_no_row(references, blurred):

@@ -6,21 +6,16 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("config/config.yaml"), help="configuration")
-    parser.add_argument("--study", required=True, help="study of the configuration")
-    parser.add_argument(
-        "--setting", action="append", help="setting of the study; may be given again; all when left out"
-    )
-    parser.add_argument("--backbone", required=True, help="backbone of the study")
-    parser.add_argument(
-        "--variant", action="append", help="variant of the study; may be given again; all when left out"
-    )
-    parser.add_argument("--height", type=int, required=True, help="pixels")
-    parser.add_argument("--width", type=int, required=True, help="pixels")
+    parser.add_argument("--study", required=True, help="name in the configuration's studies")
+    parser.add_argument("--backbone", required=True, help="name in the configuration's backbones")
+    parser.add_argument("--size", required=True, help="height x width in pixels, such as 512x768")
+    parser.add_argument("--setting", action="append", help="setting of the study, repeatable; all when left out")
+    parser.add_argument("--variant", action="append", help="variant of the study, repeatable; all when left out")
 
 
 def run(args: argparse.Namespace) -> None:
-    from hires.config import load_config
+    from hires.config import load_config, parse_size
     from hires.stages import scores
 
-    config = load_config(args.config)
-    scores.run(config, args.study, args.backbone, args.height, args.width, settings=args.setting, variants=args.variant)
+    names = {"settings": args.setting, "variants": args.variant}
+    scores.run(load_config(args.config), args.study, args.backbone, *parse_size(args.size), **names)

@@ -124,14 +124,23 @@ class Inception:
         return features, logits
 
 
+def _folder(name: str) -> Path:
+    from hires.models import ASSETS
+
+    return ASSETS / name if name == "tiny-clip" else Path(name)
+
+
+def clip_files(name: str) -> list[Path]:
+    """Files of a pair of encoders that lies in a local folder; none for hub ids."""
+    return sorted(path for path in _folder(name).rglob("*") if path.is_file())
+
+
 @lru_cache
 def load_clip(name: str, device: str = "cpu") -> Clip:
     """ "tiny-clip", a transformers folder, or a hub id such as openai/clip-vit-large-patch14."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    from hires.models import ASSETS
-
-    folder = ASSETS / "tiny-clip" if name == "tiny-clip" else Path(name)
+    folder = _folder(name)
     if name == "tiny-clip" and not folder.is_dir():
         raise HiresError(f"no trained tiny-clip in {folder}: train it (`hires train`) and `hires promote` it")
     place = folder if folder.is_dir() else name

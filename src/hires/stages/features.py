@@ -6,11 +6,10 @@ from typing import Any
 
 from hires import layout, shards
 from hires.config import Config, ImageSet
-from hires.devices import locked_device
 from hires.errors import HiresError, unknown
 from hires.prompts import Prompt, read_prompts
 from hires.stages import VERSIONS
-from hires.storage import digest, read_json
+from hires.storage import digest, read_json, sha256
 
 
 def run(
@@ -26,7 +25,8 @@ def run(
 ) -> None:
     """Extract the features of image sets that share study, backbone and size (pixels); those that still fit are kept.
 
-    `settings`, `variants`: those of the study when None. Declared outputs: one `layout.features` per image set.
+    `settings`, `variants`: those of the study when None; `device`: a torch device, a GPU where there is one when None.
+    Declared outputs: one `layout.features` per image set.
     """
     sets = image_sets(config, study, backbone, height, width, settings, variants)
     work = {layout.features(config, images): read_manifests(layout.image_shards(config, images)) for images in sets}
@@ -73,10 +73,13 @@ def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], 
     import torch
 
     from hires.metrics import Features, Source, crops_of, extract, load_clip, load_features
+    from hires.metrics.networks import clip_files
 
+    weights = [sha256(file) for name in (config.metrics.features, config.metrics.clip) for file in clip_files(name)]
     settings, prompts = config.metrics, {p.id: p for p in read_prompts(layout.prompts(config))}
     torch.set_num_threads(config.compute.threads)
-    with shards.told(what, len(work)) as made, locked_device(device or config.compute.device) as place:
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with shards.told(what, len(work)) as made:
         for path, entries in work.items():
             asked = [prompts[entry["id"]] for entry in entries]
             key = digest(
@@ -84,6 +87,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], 
                     "version": VERSIONS["features"],
                     "metrics": settings.model_dump(include={"features", "clip", "patch"}, mode="json"),
                     "crops": crops_of(settings) is not None,
+                    "weights": weights,
                     "images": [[entry["sha256"], prompt.prompt] for entry, prompt in zip(entries, asked)],
                 }
             )
