@@ -1,6 +1,8 @@
 """The world, its captions, its pictures and its data set."""
 
+import colorsys
 from collections import Counter
+from dataclasses import replace
 from math import hypot
 
 import numpy as np
@@ -31,7 +33,8 @@ from hires.scenes import (
 )
 from hires.scenes.captions import COUNTS, PLURALS, in_view, visible_share
 from hires.scenes.noise import lattice, value_noise
-from hires.scenes.world import REACH
+from hires.scenes.render import PIXELS_PER_PASS
+from hires.scenes.world import PALETTES, REACH
 
 MANY = [scene(i) for i in range(1500)]
 
@@ -61,6 +64,18 @@ def test_world_covers_everything():
     assert {s.background for s in MANY} == set(BACKGROUNDS) and len(BACKGROUNDS) == 6
     counts = Counter(len(s.objects) for s in MANY)
     assert set(counts) == {1, 2, 3, 4, 5} and min(counts.values()) > 150
+
+
+def hue(rgb: tuple[float, float, float]) -> float:
+    return colorsys.rgb_to_hsv(*rgb)[0] * 360
+
+
+def test_backgrounds_share_the_hues_of_objects():
+    grounds = [hue(main) for options in PALETTES.values() for main, _, _ in options]
+    apart = {
+        name: min(abs((hue(rgb) - ground + 180) % 360 - 180) for ground in grounds) for name, rgb in COLOURS.items()
+    }
+    assert max(apart.values()) < 22, apart
 
 
 def test_objects_stay_apart_and_inside():
@@ -136,16 +151,10 @@ def test_captions_are_true_short_and_in_the_vocabulary():
 def test_relations_hold(word, sign, axis):
     checked = 0
     for s in MANY:
-        text = caption(s)
-        kinds = {(o.colour, o.shape) for o in s.objects}
-        if (
-            f" {word} " not in text
-            or len(kinds) != 2
-            or len({(o.material, *k) for o in s.objects for k in [(o.colour, o.shape)]}) != 2
-        ):
+        text, kinds = caption(s), {(o.colour, o.shape, o.material) for o in s.objects}
+        if f" {word} " not in text or len(kinds) != 2 or len({kind[:2] for kind in kinds}) != 2:
             continue
-        subject, _ = text.split(f" {word} ")
-        first = next(iter(read_caption(subject)))
+        first = next(iter(read_caption(text.split(f" {word} ")[0])))
         a = [getattr(o, axis) for o in s.objects if (o.colour, o.shape) == first]
         b = [getattr(o, axis) for o in s.objects if (o.colour, o.shape) != first]
         assert min(sign * (p - q) for p in a for q in b) > 0, text
@@ -187,7 +196,7 @@ def test_render_is_independent_of_batch_and_bands(monkeypatch):
     assert together.shape == (6, 3, 64, 96) and together.min() >= 0 and together.max() <= 1
     alone = torch.cat([render([s], 64, 96) for s in scenes])
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-3)
-    monkeypatch.setitem(__import__("hires.scenes.render", fromlist=["x"]).PIXELS_PER_PASS, "cpu", 96 * 10)
+    monkeypatch.setitem(PIXELS_PER_PASS, "cpu", 96 * 10)
     torch.testing.assert_close(render(scenes, 64, 96), together, rtol=0, atol=2e-3)
 
 
@@ -229,7 +238,7 @@ def test_more_pixels_show_more_detail(side):
 
 def test_shapes_keep_their_proportions_at_any_aspect():
     s = next(s for s in MANY if len(s.objects) == 1 and s.objects[0].shape == "disc")
-    bare = render([s.__class__(**{f: getattr(s, f) for f in s.__slots__} | {"objects": ()})], 96, 192)
+    bare = render([replace(s, objects=())], 96, 192)
     y, x = ((render([s], 96, 192) - bare).abs().amax(1)[0] > 0.25).nonzero(as_tuple=True)
     assert float(x.max() - x.min()) == pytest.approx(2 * s.objects[0].radius * 96, abs=6)
     assert float(y.max() - y.min()) == pytest.approx(2 * s.objects[0].radius * 96, abs=6)

@@ -90,6 +90,13 @@ def test_small_repeats_count_and_specks_do_not():
         assert parse(picture).count == before + extra
 
 
+def test_touching_objects_of_two_colours_are_two():
+    picture = torch.full((3, 128, 128), 0.6)
+    for left, colour in ((40, (0.84, 0.10, 0.10)), (60, (0.10, 0.29, 0.88))):
+        picture[:, 50:70, left : left + 20] = torch.tensor(colour)[:, None, None]
+    assert parse(picture).colours == {"red": 1, "blue": 1}
+
+
 def test_kinds_of_input(pictures):
     as_bytes = (pictures[3] * 255).round().to(torch.uint8)
     as_image = Image.fromarray(as_bytes.permute(1, 2, 0).numpy())

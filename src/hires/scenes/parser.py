@@ -19,7 +19,6 @@ from hires.errors import HiresError
 from hires.scenes.world import COLOURS
 
 SIDE = 128  # pictures are read at this side (of a square of the same area)
-THRESHOLD = 1.0
 LEAST_AREA = 0.03**2  # of the picture: smaller things are texture
 
 
@@ -74,10 +73,9 @@ _NAMES = tuple(COLOURS)
 _HUES = _hue_angle(np.array([COLOURS[name] for name in _NAMES]))
 
 
-def _colour_of(rgb: np.ndarray, weight: np.ndarray) -> str:
-    """The named colour whose hue is nearest to that of the weighted mean of the pixels (n, 3)."""
-    hue = _hue_angle((rgb * weight[:, None]).sum(0) / weight.sum())
-    return _NAMES[int(np.abs(np.angle(np.exp(1j * (_HUES - hue)))).argmin())]
+def _nearest_colour(rgb: np.ndarray) -> np.ndarray:
+    """Index of the named colour with the nearest hue, for each pixel."""
+    return np.abs(np.angle(np.exp(1j * (_HUES - _hue_angle(rgb)[..., None])))).argmin(-1)
 
 
 def _chroma(rgb: np.ndarray) -> np.ndarray:
@@ -87,15 +85,17 @@ def _chroma(rgb: np.ndarray) -> np.ndarray:
     return colour * ((rgb.max(-1) - rgb.min(-1)) / (rgb.max(-1) + 0.06) / np.maximum(np.abs(colour), 1e-6))
 
 
-def _strength(rgb: np.ndarray) -> np.ndarray:
-    return np.abs(_chroma(rgb))
-
-
 def _ground(chroma: np.ndarray) -> complex:
     """The typical chroma of the ground: the median of the paler half of the picture's range."""
     pale = chroma[np.abs(chroma) < 0.55]
     pale = pale if pale.size > 0.1 * chroma.size else chroma
     return complex(np.median(pale.real), np.median(pale.imag))
+
+
+def _score(rgb: np.ndarray) -> np.ndarray:
+    """How surely a pixel belongs to an object: 1 and above is sure, the ground stays below 0.75."""
+    chroma = _chroma(rgb)
+    return np.minimum(np.abs(chroma - _ground(chroma)) / 0.22, np.abs(chroma) / 0.5)
 
 
 def parse(image: Tensor | Image.Image) -> Reading:
@@ -108,30 +108,29 @@ def parse(image: Tensor | Image.Image) -> Reading:
     height, width = rgb.shape[:2]
     smooth = ndimage.gaussian_filter(rgb, (0.8, 0.8, 0))
     score = _score(smooth)
-    mask = ndimage.binary_opening(score > THRESHOLD, np.ones((2, 2)))
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    # paler parts belong to an object (dots, veins, glints) where they touch its strong ones
+    labels, _ = ndimage.label(score > 0.75, np.ones((3, 3)))
+    strong = ndimage.binary_opening(score > 1, np.ones((2, 2)))
+    labels *= np.isin(labels, np.unique(labels[strong]))
+    hues = _nearest_colour(smooth)
     objects = []
     for k, box in enumerate(ndimage.find_objects(labels), 1):
-        member = labels[box] == k
-        area = member.sum() / (height * width)
-        if area < LEAST_AREA:
+        if box is None:
             continue
-        y, x = np.nonzero(member)
-        values = rgb[box][member]
-        objects.append(
-            Found(
-                (x.mean() + box[1].start + 0.5) / width,
-                (y.mean() + box[0].start + 0.5) / height,
-                float(area),
-                _colour_of(values, _strength(values) ** 2),
-            )
-        )
+        member = labels[box] == k
+        shares = np.bincount(hues[box][member], minlength=len(_NAMES)) / member.sum()
+        # things of different colours that touch are several; a thin seam of mixed colours is none
+        for colour in np.flatnonzero(shares >= min(0.25, shares.max())):
+            own = member
+            if shares[colour] < shares.max() or shares[colour] < 0.75:
+                own = ndimage.binary_opening(member & (hues[box] == colour), np.ones((4, 4)))
+            area = own.sum() / (height * width)
+            if area >= LEAST_AREA:
+                y, x = np.nonzero(own)
+                left, top = box[1].start + 0.5, box[0].start + 0.5
+                x, y = (x.mean() + left) / width, (y.mean() + top) / height
+                objects.append(Found(float(x), float(y), float(area), _NAMES[colour]))
     return Reading(objects)
-
-
-def _score(rgb: np.ndarray) -> np.ndarray:
-    chroma = _chroma(rgb)
-    return np.minimum(np.abs(chroma - _ground(chroma)) / 0.22, np.abs(chroma) / 0.5)
 
 
 def parse_batch(images: Tensor) -> list[Reading]:

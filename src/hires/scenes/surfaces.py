@@ -293,11 +293,12 @@ def marble(x: Tensor, y: Tensor, pixel: Tensor, seed: Tensor, finest: float) -> 
     cloud, _, _ = fbm(x, y, seed, pixel, 0.9, 0.5, 5, finest=finest)
     vein, _, _ = fbm(x + 0.30 * cloud, y - 0.30 * cloud, seed + 3, pixel, 0.75, 0.52, finest=finest)
     thin, tx, ty = fbm(x - 0.12 * cloud, y + 0.1 * cloud, seed + 6, pixel, 0.22, 0.6, finest=finest)
-    broad = (1 - vein.abs() / 0.16).clamp(0, 1)
-    fine = (1 - thin.abs() / 0.10).clamp(0, 1)
+    wide, narrow = 0.16 + 1.5 * pixel, 0.10 + 3 * pixel
+    broad = (1 - vein.abs() / wide).clamp(0, 1) * (0.16 / wide)
+    fine = (1 - thin.abs() / narrow).clamp(0, 1) * (0.10 / narrow)
     return Surface(
         (0.45 - 0.55 * cloud + 0.10 * thin).clamp(0, 1),
-        (0.85 * broad * broad + 0.32 * fine * fine * (0.5 + 0.5 * cloud).clamp(0, 1)).clamp(0, 1),
+        (1.0 * broad * broad + 0.40 * fine * fine * (0.5 + 0.5 * cloud).clamp(0, 1)).clamp(0, 1),
         1 + 0.03 * thin,
         0.002 * tx,
         0.002 * ty,
