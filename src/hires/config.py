@@ -120,7 +120,7 @@ class Study(Section):
     backbones: Names = Field(description="names from backbones")
     variants: Names = Field(description="built-in variants, or names from variants")
     sizes: dict[Size, Annotated[int, Field(ge=1)]] = Field(
-        min_length=1, description="height x width in pixels -> how many prompts, the first of the list"
+        min_length=1, description="height x width in pixels → how many prompts, the first of the list"
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)] = Field(
         [0], description="one image per prompt and seed"
@@ -128,7 +128,7 @@ class Study(Section):
     settings: dict[Name, Sampling] = Field(
         default_factory=lambda: {"default": Sampling()},
         min_length=1,
-        description="name -> sampling settings on top of the backbone's",
+        description="name → sampling settings on top of the backbone's",
     )
 
 
@@ -168,7 +168,9 @@ class Metrics(Section):
     kid_subset_size: int = Field(1000, ge=2, description="images in one KID subset; KID is undefined below")
     kid_subsets: int = Field(100, ge=1, description="number of KID subsets")
     bootstrap: int = Field(1000, ge=1, description="resamples of an interval")
-    minimum_n: int = Field(2048, ge=1, description="FID, KID and IS of fewer images are flagged")
+    minimum_n: int = Field(
+        2048, ge=1, description="FID, KID and IS of fewer images are flagged; 2048 is Inception's dimension"
+    )
 
 
 class Config(Section):
@@ -177,15 +179,15 @@ class Config(Section):
     extends: str | None = Field(None, description="another configuration, relative to this file, that this one edits")
     name: Name = Field(description="outputs go to results/<name>/")
     prompts: Prompts = Field(default_factory=Prompts, description="source and choice of the prompts")
-    backbones: dict[Name, BackboneEntry] = Field(min_length=1, description="name -> model and its settings")
+    backbones: dict[Name, BackboneEntry] = Field(min_length=1, description="name → model and its settings")
     own_variants: dict[Name, Variant] = Field(
-        default_factory=dict, alias="variants", description="name -> a variant added to the built-in ones"
+        default_factory=dict, alias="variants", description="name → a variant added to the built-in ones"
     )
-    studies: dict[Name, Study] = Field(min_length=1, description="name -> images to make")
+    studies: dict[Name, Study] = Field(min_length=1, description="name → images to make")
     compute: Compute = Field(default_factory=Compute, description="split of the work, device")
     metrics: Metrics = Field(default_factory=Metrics, description="scores and their protocol")
     notebooks: dict[Name, dict[str, Any]] = Field(
-        default_factory=dict, description="notebook in notebooks/ -> values of its parameters cell"
+        default_factory=dict, description="notebook in notebooks/ → values of its parameters cell"
     )
 
     @model_validator(mode="after")
@@ -211,12 +213,13 @@ class Config(Section):
         return self
 
     def _check_size(self, place: str, height: int, width: int, backbone: str, study: Study) -> None:
-        """A variant that starts from noise needs sides of the right multiple, any other one a base as well."""
+        """A variant that starts from noise needs sides of the right multiple, any other one a base."""
         entry = self.backbones[backbone]
         try:
-            check_multiple(height, width, entry.size_multiple)
             if any(self.variants()[name].start == "base" for name in study.variants):
                 stage_sizes(height, width, entry.base_resolution, entry.size_multiple)
+            else:
+                check_multiple(height, width, entry.size_multiple)
         except HiresError as error:
             raise _at(place, error) from None
 
@@ -475,7 +478,7 @@ def _type_name(kind: Any) -> str:
         return f"{named} → {_type_name(value)}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"Sampling": "sampling", "Variant": "variant"}.get(kind.__name__, "section")
-    return {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null"}.get(kind, "any")
+    return {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null"}.get(kind, "value")
 
 
 BEGIN, END = "<!-- keys: written by python -m hires.config -->", "<!-- /keys -->"
