@@ -1,0 +1,15 @@
+"""The stages of a reproduction. Each is a function of a configuration, a subcommand of `hires` and a Snakemake rule."""
+
+# Raise a number when a change to the library changes what the stage writes: it is then made again.
+VERSIONS = {
+    "prompts": 1,
+    "references": 1,
+    "base": 1,
+    "images": 1,
+    "features": 1,
+    "scores": 1,
+    "metrics": 1,
+    "notebook": 1,
+    "report": 1,
+    "provenance": 1,
+}

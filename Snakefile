@@ -1,0 +1,41 @@
+# Everything of one configuration: snakemake --cores all [--configfile config/paper.yaml] [--config name=trial]
+# Parts of it: prompts, images, metrics, report. `figures` redraws results/reference from its stored scores.
+
+
+include: "rules/common.smk"
+include: "rules/prompts.smk"
+include: "rules/images.smk"
+include: "rules/metrics.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        layout.report(CONFIG),
+        layout.provenance(CONFIG),
+
+
+rule prompts:
+    input:
+        layout.prompts(CONFIG),
+
+
+rule images:
+    input:
+        [path for images in CONFIG.image_sets() for path in layout.image_shards(CONFIG, images)],
+
+
+rule metrics:
+    input:
+        layout.metrics(CONFIG),
+
+
+rule report:
+    input:
+        layout.report(CONFIG),
+
+
+rule figures:
+    input:
+        [f"results/figures/notebooks/{name}.ipynb" for name in CONFIG.notebooks],

@@ -1,0 +1,82 @@
+# What people read: notebooks, provenance, report; and the figures of the reference results.
+
+
+rule notebook:
+    input:
+        notebook="notebooks/{notebook}.ipynb",
+        metrics=layout.metrics(CONFIG),
+        paired=layout.paired(CONFIG),
+    output:
+        report(layout.pattern(CONFIG, "notebook"), category="Notebooks", labels={"notebook": "{notebook}"}),
+    log:
+        log_of("notebooks/{notebook}"),
+    conda:
+        ENVIRONMENT
+    threads: CONFIG.compute.threads
+    params:
+        version=VERSIONS["notebook"],
+        reads=reads("notebooks/{notebook}"),
+        config=CONFIG_FILE,
+    message:
+        "Notebook {wildcards.notebook}"
+    shell:
+        "hires notebook --config {params.config} --name {wildcards.notebook} 2>&1 | tee {log}"
+
+
+rule provenance:
+    input:
+        layout.metrics(CONFIG),
+    output:
+        layout.provenance(CONFIG),
+    log:
+        log_of("provenance"),
+    conda:
+        ENVIRONMENT
+    params:
+        version=VERSIONS["provenance"],
+        config=CONFIG_FILE,
+    message:
+        "Provenance of the results"
+    shell:
+        "hires provenance --config {params.config} 2>&1 | tee {log}"
+
+
+rule html_report:
+    input:
+        layout.metrics(CONFIG),
+        layout.provenance(CONFIG),
+        [layout.notebook(CONFIG, name) for name in CONFIG.notebooks],
+    output:
+        report(layout.report(CONFIG), category="Report"),
+    log:
+        log_of("report"),
+    conda:
+        ENVIRONMENT
+    params:
+        version=VERSIONS["report"],
+        config=CONFIG_FILE,
+    message:
+        "Report"
+    shell:
+        "hires report --config {params.config} 2>&1 | tee {log}"
+
+
+rule redraw:
+    input:
+        notebook="notebooks/{notebook}.ipynb",
+        metrics=reference_scores,
+    output:
+        "results/figures/notebooks/{notebook}.ipynb",
+    log:
+        "results/figures/logs/{notebook}.log",
+    conda:
+        ENVIRONMENT
+    params:
+        version=VERSIONS["notebook"],
+        reads=reads("notebooks/{notebook}"),
+        config=CONFIG_FILE,
+    message:
+        "Redraw the figures of {wildcards.notebook} from results/reference"
+    shell:
+        "hires notebook --config {params.config} --name {wildcards.notebook} --results results/reference"
+        " --output results 2>&1 | tee {log}"

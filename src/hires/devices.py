@@ -1,0 +1,69 @@
+"""One GPU per process. Snakemake counts GPUs but hands out no device numbers, so each job locks one for itself."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hires.errors import HiresError
+
+
+def gpus() -> list[str]:
+    """Ids of the NVIDIA GPUs that this process may use, without starting CUDA; `CUDA_VISIBLE_DEVICES` narrows them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [str(index) for index in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether a job with `compute.device` = `device` takes a GPU on this machine."""
+    return device.startswith("cuda") or (device == "auto" and bool(gpus()))
+
+
+@contextmanager
+def locked_device(device: str = "auto", poll: float = 0.2) -> Iterator[str]:
+    """Wait for a free GPU, show this process only that one, and give the name that torch knows it by.
+
+    `device`: `auto` (a GPU where there is one, else the CPU), `cuda`, `cuda:<n>` (the n-th visible one), or any other
+    torch device, which needs no lock. Call it before CUDA starts. The lock ends with the block, or with the process
+    however that ends; blocks within blocks share it. HiresError when a GPU is asked for and there is none.
+    """
+    if not uses_gpu(device):
+        yield "cpu" if device == "auto" else device
+        return
+    names = gpus()
+    if ":" in device:
+        index = int(device.split(":")[1])
+        names = names[index : index + 1]
+    if not names:
+        raise HiresError(f"compute.device = {device!r}: this machine shows {len(gpus())} GPU(s); allowed: auto, cpu")
+    folder = Path(tempfile.gettempdir()) / f"hires-devices-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    locks = {name: FileLock(folder / f"{name.replace('/', '_')}.lock", is_singleton=True) for name in names}
+    name = _first_free(locks, poll)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
+    try:
+        yield "cuda"
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        locks[name].release()
+
+
+def _first_free(locks: dict[str, FileLock], poll: float) -> str:
+    while True:
+        for name, lock in locks.items():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            return name
+        time.sleep(poll)

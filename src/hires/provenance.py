@@ -1,0 +1,98 @@
+"""What made a result: code, versions, machine, model, configuration, time. No host names, no absolute paths."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hires import __version__
+from hires.config import Config
+from hires.storage import digest, write_changed
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "torchmetrics", "triton", "numpy", "pillow")
+
+
+def record(config: Config, **facts: Any) -> dict[str, Any]:
+    """Provenance of what this process makes, as JSON-like values; `facts` are added as they are.
+
+    Keys: `time` (UTC), `hires`, `commit` and `dirty` (None where the code lies in no git checkout), `python`,
+    `packages`, `system`, `cpu`, `cores`, `gpu` (None on the CPU), `config` (digest of the configuration).
+    """
+    commit, dirty = _commit()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hires": __version__,
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpu": _gpu(),
+        "config": config_digest(config),
+        **facts,
+    }
+
+
+def config_data(config: Config) -> dict[str, Any]:
+    """What the configuration states, defaults left out: `load_config` reads it back to an equal one."""
+    return config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"extends"})
+
+
+def config_digest(config: Config) -> str:
+    """16 hex digits of the configuration, whatever its files and its order of keys."""
+    return digest(config_data(config))
+
+
+def store_config(config: Config) -> Path:
+    """Write the configuration to results/<name>/config.yaml unless it stands there; the stages of a run read it."""
+    path = config.root / "config.yaml"
+    write_changed(path, yaml.safe_dump(config_data(config), sort_keys=False, allow_unicode=True))
+    return path
+
+
+def distinct(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The different records of a list, in the order of their first appearance."""
+    return list({digest(entry): entry for entry in records}.values())
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None, None
+    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return head, bool(changes)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None

@@ -1,0 +1,172 @@
+"""Stage: images, one shard of prompts, any number of variants and settings of a study at one size."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hires import layout, provenance, shards
+from hires.config import Config, ImageSet
+from hires.devices import locked_device
+from hires.errors import HiresError
+from hires.shards import Batch, Item
+from hires.stages import VERSIONS, models
+from hires.storage import read_json
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def run(
+    config: Config,
+    study: str,
+    backbone: str,
+    height: int,
+    width: int,
+    shard: int,
+    *,
+    settings: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    device: str | None = None,
+) -> None:
+    """Make one shard of the image sets that share study, backbone and size (pixels); finished images are kept.
+
+    `settings`, `variants`: None means all of the study. Declared outputs: one `layout.image_shard` per image set.
+    """
+    sets = [
+        config.image_set(study, setting, backbone, variant, height, width)
+        for setting in settings or config.studies[study].settings
+        for variant in variants or config.studies[study].variants
+    ]
+    items = {images: _items(config, images, shard) for images in sets}
+    work = {images: shards.batches(items[images], config.compute.batch_size) for images in sets}
+    with shards.told(
+        f"images {study} {backbone} {height}x{width} shard {shard}", sum(map(len, items.values()))
+    ) as made:
+        if any(work.values()):
+            with locked_device(device or config.compute.device) as place:
+                made.extend(_make(config, work, place))
+        for images in sets:
+            head = {"version": VERSIONS["images"], **_names(images)}
+            shards.write_manifest(layout.image_shard(config, images, shard), head, "images", items[images])
+
+
+def _make(config: Config, work: Mapping[ImageSet, Sequence[Batch]], device: str) -> Iterator[int]:
+    """Make the batches of each image set; yields how many images each gave."""
+    with tqdm(total=sum(map(len, work.values())), desc="images", unit="batch", disable=None) as bar:
+        for images, batches in work.items():
+            maker = _Maker(config, images, device)
+            for batch, todo in batches:
+                maker.make(batch, todo)
+                bar.update()
+                yield sum(todo)
+
+
+def _names(images: ImageSet) -> dict[str, Any]:
+    names = ("study", "setting", "backbone", "variant", "height", "width")
+    return {name: getattr(images, name) for name in names}
+
+
+def _items(config: Config, images: ImageSet, shard: int) -> list[Item]:
+    given = config.sampling(images.study, images.setting, images.backbone)
+    return shards.items(
+        config,
+        images.n,
+        images.seeds,
+        shard,
+        lambda prompt, seed: layout.image(config, images, prompt, seed),
+        version=[VERSIONS["base"], VERSIONS["images"]],
+        variant=config.variants()[images.variant].model_dump(),
+        size=[images.height, images.width],
+        sampling=given.model_dump(exclude_unset=True),
+        **models.identity(config.backbones[images.backbone]),
+    )
+
+
+class _Maker:
+    """Makes batches of one image set."""
+
+    def __init__(self, config: Config, images: ImageSet, device: str):
+        self.config, self.images = config, images
+        self.variant = config.variants()[images.variant]
+        self.backbone = models.load(config, images.backbone, device)
+        given = config.sampling(images.study, images.setting, images.backbone)
+        self.sampling = given.over(self.backbone.defaults)
+        self.base = layout.base_of(config, images)
+        self.provenance = provenance.record(config, model=self.backbone.name, revision=self.backbone.revision)
+
+    def make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
+        from hires.cascade import Meter, cascade, decode
+
+        prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
+        height, width = self.images.height, self.images.width
+        latents, shared = self._base_latents(batch)
+        stages, peak = [], 0
+        for stage in cascade(self.backbone, prompts, seeds, self.variant, height, width, self.sampling, base=latents):
+            stages.append(_stage(stage.name, stage.height, stage.width, stage.steps, stage.seconds / len(batch)))
+            peak = max(peak, stage.peak_bytes)
+        with Meter(self.backbone.device) as cost:
+            pictures = decode(self.backbone, stage, self.sampling.vae_tiling)
+        stages.append(_stage("decode", height, width, 0, cost.seconds / len(batch)))
+        peak = max(peak, cost.peak_bytes)
+        for item, picture, base, wanted in zip(batch, pictures, shared, todo):
+            if wanted:
+                steps = [{**stages[0], **base}, *stages[1:]]
+                item.finish(
+                    self._encode(picture, item),
+                    seconds=round(sum(step["seconds"] for step in steps), 4),
+                    peak_bytes=peak,
+                    batch=len(batch),
+                    stages=steps,
+                    sampling=self.sampling.model_dump(),
+                    provenance=self.provenance,
+                )
+
+    def _base_latents(self, batch: Sequence[Item]) -> tuple[Any, list[dict[str, Any]]]:
+        """Stored base latents (n, C, h, w) and what they cost; None and nothing for a start from noise."""
+        if self.base is None:
+            return None, [{} for _ in batch]
+        import torch
+        from safetensors.torch import load_file
+
+        samples, costs = [], []
+        for item in batch:
+            file = layout.base_latents(self.config, self.base, item.prompt.id, item.seed)
+            if not file.exists():
+                raise HiresError(f"no base latents at {file}: make them with hires base, or everything with hires run")
+            samples.append(load_file(file)["latents"])
+            record = read_json(file.with_name(f"{file.name}.json"))
+            costs.append({"steps": record["steps"], "seconds": record["seconds"], "stored": True})
+        return torch.cat(samples), costs
+
+    def _encode(self, picture: "Image.Image", item: Item) -> bytes:
+        """The file's bytes, the same in every run: nothing measured is in its metadata."""
+        parameters = {
+            "prompt": item.prompt.prompt,
+            "seed": item.seed,
+            **_names(self.images),
+            "model": self.backbone.name,
+            "revision": self.backbone.revision,
+            "sampling": self.sampling.model_dump(exclude_defaults=True),
+        }
+        return encode(picture, self.config.compute.image_format, parameters)
+
+
+def _stage(name: str, height: int, width: int, steps: int, seconds: float) -> dict[str, Any]:
+    return {"name": name, "height": height, "width": width, "steps": steps, "seconds": round(seconds, 4)}
+
+
+def encode(picture: "Image.Image", image_format: str, parameters: dict[str, Any]) -> bytes:
+    """A PNG (text chunk `parameters`) or TIFF (tag ImageDescription) that says as JSON how the picture was made."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text, data = json.dumps(parameters), io.BytesIO()
+    if image_format == "png":
+        info = PngInfo()
+        info.add_text("parameters", text)
+        picture.save(data, "PNG", pnginfo=info)
+    else:
+        picture.save(data, "TIFF", description=text)
+    return data.getvalue()

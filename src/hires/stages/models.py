@@ -1,0 +1,52 @@
+"""Models as the stages need them: loaded once, and told apart without being loaded."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hires.config import BackboneEntry, Config
+from hires.storage import digest, sha256
+
+if TYPE_CHECKING:
+    from hires.backbones import Backbone
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def load(config: Config, backbone: str, device: str) -> "Backbone":
+    """The model of a backbone on a torch device, with `compute.threads` CPU threads; the last one stays in memory."""
+    import torch
+
+    torch.set_num_threads(config.compute.threads)
+    entry = config.backbones[backbone]
+    return _load(entry.model, entry.weights, entry.dtype, device)
+
+
+@lru_cache(maxsize=1)
+def _load(model: str, weights: Any, dtype: str, device: str) -> "Backbone":
+    from hires.backbones import load
+
+    return load(model, device=device, dtype=dtype, weights=weights)
+
+
+def files(entry: BackboneEntry) -> list[Path]:
+    """Files of a model that the repository or a local folder holds; none for hub ids and random weights."""
+    if entry.weights == "random":
+        return []
+    folder = next((place for place in (ASSETS / entry.model, Path(entry.model)) if place.is_dir()), None)
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+
+
+def identity(entry: BackboneEntry) -> dict[str, Any]:
+    """What tells a model from every other: its name, how it is loaded, and the content of a local folder."""
+    return {
+        "model": entry.model,
+        "weights": entry.weights,
+        "dtype": entry.dtype,
+        "content": _content(tuple(files(entry))),
+    }
+
+
+@lru_cache
+def _content(paths: tuple[Path, ...]) -> str | None:
+    return digest([[path.name, sha256(path)] for path in paths]) if paths else None

@@ -1,0 +1,79 @@
+"""Stage: reference images of one size, which the scores compare with."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from hires import __version__, layout, provenance, shards
+from hires.config import Config
+from hires.errors import HiresError, unknown
+from hires.prompts import read_prompts
+from hires.shards import Item
+from hires.stages import VERSIONS
+from hires.stages.images import encode
+from hires.storage import digest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DOWNLOADS = 8  # at a time
+
+
+def run(config: Config, height: int, width: int) -> None:
+    """Make the reference image of every prompt at one size (pixels); finished ones are kept.
+
+    A scene is rendered at that size. A web address is downloaded, cut around the centre to the aspect ratio and
+    resized (Lanczos); addresses that no longer answer are listed as `missing` in the manifest, and tried again by the
+    next run. Declared output: `layout.reference_manifest`.
+    """
+    amounts = {(h, w): n for h, w, n in layout.references(config)}
+    if (height, width) not in amounts:
+        raise unknown("size of references", f"{height}x{width}", [f"{h}x{w}" for h, w in amounts])
+    head: dict[str, Any] = {"version": VERSIONS["references"], "height": height, "width": width}
+    items = [
+        Item(prompt, 0, layout.reference(config, height, width, prompt.id), digest({"url": prompt.url, **head}))
+        for prompt in read_prompts(layout.prompts(config))[: amounts[height, width]]
+    ]
+    todo = [item for item in items if not item.finished()]
+    with shards.told(f"references {height}x{width}", len(items)) as made:
+        made.append(sum(_make(config, todo, height, width)))
+        there = [item for item in items if item.finished()]
+        if not there:
+            raise HiresError(f"none of the {len(items)} addresses of the prompts gave an image: is the network there?")
+        head["missing"] = [item.prompt.id for item in items if item not in there]
+        shards.write_manifest(layout.reference_manifest(config, height, width), head, "images", there)
+
+
+def _make(config: Config, items: Sequence[Item], height: int, width: int) -> list[bool]:
+    """Whether each item could be made."""
+    origin = provenance.record(config)
+
+    def make(item: Item) -> bool:
+        picture = reference(item.prompt.url or "", height, width)
+        if picture is None:
+            return False
+        item.finish(encode(picture, "png", {"url": item.prompt.url}), provenance=origin)
+        return True
+
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return list(tqdm(pool.map(make, items), total=len(items), desc="references", unit="image", disable=None))
+
+
+def reference(url: str, height: int, width: int) -> "Image.Image | None":
+    """The image at `scene://<id>`, or at a web address, at height × width pixels; None where nothing answers."""
+    if url.startswith("scene:"):
+        from hires.scenes import reference_image, scene_of_url
+
+        return reference_image(scene_of_url(url), height, width)
+    from PIL import Image, ImageOps
+
+    try:
+        with urlopen(Request(url, headers={"User-Agent": f"hires/{__version__}"}), timeout=30) as answer:
+            picture = Image.open(io.BytesIO(answer.read())).convert("RGB")
+    except (OSError, ValueError):  # no answer, no such address, no image
+        return None
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
