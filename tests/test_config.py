@@ -123,6 +123,8 @@ def test_own_variants_join_the_built_in_ones(tmp_path):
         (("variants", {"new": {"attention": "dens"}}), ("variants.new.attention", "did you mean 'dense'?")),
         (("notebooks", {"02_ablation": ["study"]}), ("notebooks.02_ablation", "must be a mapping")),
         (("prompts", "scenes", {"pool": 3}), ("prompts.scenes.pool = 3", "prompts.n = 4")),
+        (("studies", {}), ("studies: must not be empty",)),
+        (("studies", "main", None), ("studies.main = null", "must be a mapping")),
         (("prompts", "n", "many"), ("prompts.n = 'many'", "integer", "number of prompts")),
     ],
 )
@@ -186,6 +188,8 @@ def test_extends_edits_sections_by_key_and_tables_as_a_whole(tmp_path):
 
 def test_extending_in_a_circle_is_refused(tmp_path):
     write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    with pytest.raises(HiresError, match=r"b\.yaml \(named by extends in a\.yaml\) does not exist"):
+        load_config(tmp_path / "a.yaml")
     write(tmp_path, {"extends": "a.yaml"}, "b.yaml")
     with pytest.raises(HiresError, match="extends itself"):
         load_config(tmp_path / "a.yaml")

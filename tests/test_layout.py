@@ -157,7 +157,7 @@ def test_the_plan_counts_steps_images_and_views(tmp_path):
     extra = rows["multidiffusion+lfm+sg"].seconds - rows["scalediff"].seconds
     assert extra == pytest.approx(8 * 5 * ((9 + 49) * 0.012 - 0.045 - 0.23))
     assert "14 steps, τ 340 → 5 of 14 (0.357)" in describe(config)
-    assert jobs(config) == 2 + 2  # one shard of base latents, one of images, features, scores
+    assert jobs(config) == 5  # base latents, images, features, scores, features of the references
 
 
 def test_the_default_is_planned_for_minutes():

@@ -334,7 +334,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no .yaml files"
-        raise HiresError(f"configuration {path} does not exist; {path.parent} holds: {others}") from None
+        named = f" (named by extends in {chain[-1].name})" if chain else ""
+        raise HiresError(f"configuration {path}{named} does not exist; {path.parent} holds: {others}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HiresError(f"configuration {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.MarkedYAMLError as error:
@@ -376,6 +377,7 @@ def _one_line(error: ValidationError) -> str:
     first, more = mistakes[0], len(mistakes) - 1
     names = [str(part) for part in first["loc"] if part != "[key]"]
     place, given, kind = ".".join(names), first["input"], first["type"]
+    shown = "null" if given is None else repr(given)
     if kind == "extra_forbidden":
         allowed = _keys(_model_at(names[:-1]))
         text = str(_at(place, unknown("key", names[-1], allowed)))
@@ -385,15 +387,17 @@ def _one_line(error: ValidationError) -> str:
         cause = first["ctx"]["error"]
         text = f"{place}: {cause}" if place else str(cause)
     elif kind == "literal_error":
-        text = f"{place} = {given!r}: {_nearest(given, first['ctx']['expected'])}"
+        text = f"{place} = {shown}: {_nearest(given, first['ctx']['expected'])}"
     elif kind == "string_pattern_mismatch":
-        text = f"{place} = {given!r}: write {HINTS[first['ctx']['pattern']]}"
+        text = f"{place} = {shown}: write {HINTS[first['ctx']['pattern']]}"
     elif kind in ("model_type", "dict_type", "model_attributes_type"):
-        text = f"{place} = {given!r}: must be a mapping, key: value"
+        text = f"{place} = {shown}: must be a mapping, key: value"
+    elif kind == "too_short":
+        text = f"{place}: must not be empty; {_description(names)}"
     elif kind == "string_type":
-        text = f"{place} = {given!r}: must be text; quote it: {str(given)!r}"
+        text = f"{place} = {shown}: must be text; quote it: {str(given)!r}"
     else:
-        text = f"{place} = {given!r}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names)})"
+        text = f"{place} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names)})"
     return text + (f" (and {more} more mistake{'s' * (more > 1)})" if more else "")
 
 

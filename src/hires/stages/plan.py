@@ -160,13 +160,13 @@ def _taus(config: Config) -> list[str]:
 
 
 def jobs(config: Config) -> int:
-    """Processes that load a model: shards of base latents and of images, features and scores.
+    """Processes that take time to start: shards of base latents and of images, features and scores.
 
     One job makes all variants and settings of a study at one size with one backbone.
     """
     groups = {(s.study, s.backbone, s.size): s.n for s in config.image_sets()}
     shards = [*groups.values(), *(base.n for base in layout.base_sets(config))]
-    return sum(len(layout.shards(config, n)) for n in shards) + 2 * len(groups)
+    return sum(len(layout.shards(config, n)) for n in shards) + 2 * len(groups) + len(layout.references(config))
 
 
 def _total(config: Config, rows: list[Row]) -> str:
