@@ -200,6 +200,14 @@ def test_render_is_independent_of_batch_and_bands(monkeypatch):
     torch.testing.assert_close(render(scenes, 64, 96), together, rtol=0, atol=2e-3)
 
 
+@pytest.mark.gpu
+def test_gpu_draws_the_same_picture():
+    rng = np.random.default_rng(0)
+    cameras = [random_camera(rng, s) for s in MANY[:48]]
+    there = render(MANY[:48], 128, 128, cameras, device="cuda").cpu()
+    assert min(psnr(a, b) for a, b in zip(there, render(MANY[:48], 128, 128, cameras))) > 40
+
+
 @pytest.mark.parametrize("camera", [WHOLE, Camera(4.0, 0.4, 0.6)])
 def test_every_size_shows_the_same_picture(camera):
     scenes, cameras = MANY[:8], [camera] * 8

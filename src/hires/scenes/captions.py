@@ -3,8 +3,9 @@
 from math import cos, sin
 
 import numpy as np
+import torch
 
-from hires.scenes.render import OUTLINES
+from hires.scenes.render import FAMILIES, OUTLINES
 from hires.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -15,7 +16,7 @@ from hires.scenes.world import (
     Camera,
     Object,
     Scene,
-    _generator,
+    stream_of,
 )
 
 COUNTS = ("one", "two", "three", "four", "five")
@@ -73,10 +74,6 @@ VOCABULARY: tuple[str, ...] = _vocabulary()
 
 def _points_inside(shape: str) -> np.ndarray:
     """(points, 2) of a grid that lie inside the unit shape."""
-    import torch
-
-    from hires.scenes.render import FAMILIES
-
     axis = torch.linspace(-REACH, REACH, 23)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     family, *parameters = OUTLINES[shape]
@@ -132,7 +129,7 @@ def caption(scene: Scene, camera: Camera = WHOLE, rng: np.random.Generator | Non
 
     The wording is drawn from `rng`; without one it follows from the scene's id.
     """
-    rng = _generator(scene.id, 1) if rng is None else rng
+    rng = stream_of(scene.id, 1) if rng is None else rng
     draws = iter(rng.random(32).tolist())
 
     def pick(options: tuple[str, ...] | list[str]) -> str:

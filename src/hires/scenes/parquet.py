@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from hires.errors import HiresError
 from hires.scenes.captions import caption
-from hires.scenes.world import _generator, scene
+from hires.scenes.world import scene, stream_of
 
 SCHEMA = pa.schema(
     [
@@ -40,7 +40,7 @@ def write_parquet(path: str | os.PathLike[str], ids: Iterable[int], *, width: in
     """Write one row per scene id; `width` and `height` (pixels) are those of its reference image."""
     rows = []
     for scene_id in ids:
-        similarity, unsafe, watermark, score = _generator(scene_id, 2).random(4).tolist()
+        similarity, unsafe, watermark, score = stream_of(scene_id, 2).random(4).tolist()
         rows.append(
             {
                 "URL": f"{SCHEME}{scene_id}",

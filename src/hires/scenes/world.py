@@ -124,7 +124,8 @@ class Camera:
 WHOLE = Camera(1.0, 0.5, 0.5)
 
 
-def _generator(scene_id: int, stream: int) -> np.random.Generator:
+def stream_of(scene_id: int, stream: int) -> np.random.Generator:
+    """One of a scene's independent streams of draws: 0 the scene, 1 its caption, 2 its data set row."""
     return np.random.Generator(np.random.Philox(key=np.array([scene_id, stream], dtype=np.uint64)))
 
 
@@ -136,7 +137,7 @@ def scene(scene_id: int) -> Scene:
     """The scene with this id (0 ≤ id < 2⁶³): the same on every machine."""
     if not 0 <= scene_id < 2**63:
         raise HiresError(f"scene id {scene_id}: allowed are whole numbers from 0 to 2**63 - 1")
-    draws = iter(_generator(scene_id, 0).random(80).tolist())
+    draws = iter(stream_of(scene_id, 0).random(80).tolist())
     u = draws.__next__
 
     total = 1 + int(5 * u())
