@@ -49,13 +49,13 @@ def test_true_renders_at_128(pictures):
 
 
 def test_true_renders_at_512():
-    scenes = SCENES[:60]
+    scenes = SCENES[:50]
     pictures = torch.cat([render([s], 512, 512) for s in scenes])
     assert min(accuracy(pictures, scenes)) >= 0.98
 
 
 def test_other_aspect_ratios():
-    assert min(accuracy(render(SCENES, 96, 176))) >= 0.98
+    assert min(accuracy(render(SCENES[:80], 96, 176), SCENES[:80])) >= 0.98
 
 
 @pytest.mark.parametrize(
