@@ -452,6 +452,15 @@ def test_flux_ip_adapter_keeps_weights_and_term(flux):
     assert (with_prompt - without).abs().max() > 1e-3 * without.abs().max()
 
 
+def test_blocks_compile_as_one_graph(flux):
+    compiled = deepcopy(flux)
+    inputs, sizes = flux_inputs((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
+    for blocks in (compiled.transformer_blocks, compiled.single_transformer_blocks):
+        blocks[1].compile(backend="eager", fullgraph=True)
+    with torch.no_grad(), use_attention(flux, "npa", **sizes), use_attention(compiled, "npa", **sizes):
+        close(run(compiled, inputs), run(flux, inputs))
+
+
 def test_gradients_reach_the_weights(flux):
     inputs = flux_inputs((16, 16), batch=1)
     weight = flux.single_transformer_blocks[0].attn.to_k.weight.requires_grad_()

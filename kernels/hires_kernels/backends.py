@@ -1,16 +1,17 @@
 """Which program runs an operation, and why another one can't.
 
-A backend is a module with the functions `neighborhood_patch_attention` and `local_attention`, and one line in
-`BACKENDS`. Its check is what chooses it and what explains a refusal.
+A backend is a module with the functions `neighborhood_patch_attention` and `local_attention`, which imports torch
+only (anything heavier inside the functions), and one line in `BACKENDS`. Its check is what chooses it and what
+explains a refusal.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 
 import torch
 
+from hires_kernels import reference, sdpa
 from hires_kernels.errors import KernelError
 
 
@@ -29,7 +30,7 @@ class Problem:
 class Backend:
     """`refusal` gives the reason why the backend can't run a problem, None if it can."""
 
-    module: str
+    module: ModuleType
     summary: str
     refusal: Callable[[Problem], str | None]
 
@@ -39,8 +40,8 @@ def _anything(problem: Problem) -> None:
 
 
 BACKENDS: dict[str, Backend] = {  # in order of preference
-    "sdpa": Backend("hires_kernels.sdpa", "gathered windows, scaled_dot_product_attention", _anything),
-    "reference": Backend("hires_kernels.reference", "the definition, plain PyTorch", _anything),
+    "sdpa": Backend(sdpa, "gathered windows, scaled_dot_product_attention", _anything),
+    "reference": Backend(reference, "the definition, plain PyTorch", _anything),
 }
 
 
@@ -62,4 +63,4 @@ def choose(name: str, problem: Problem) -> ModuleType:
     elif refusals[name] is not None:
         able = ", ".join(backend for backend, reason in refusals.items() if reason is None)
         raise KernelError(f"backend {name!r} can't run {problem.operation}: {refusals[name]}; able: {able}")
-    return import_module(BACKENDS[name].module)
+    return BACKENDS[name].module

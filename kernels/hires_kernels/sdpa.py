@@ -26,6 +26,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tenso
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
+def _tokens(row: Tensor, col: Tensor, width: int, device: torch.device) -> Tensor:
+    """Token indices of tiles, given their rows (tiles, m) and columns (tiles, n): (tiles, m · n)."""
+    return (row.to(device)[:, :, None] * width + col.to(device)[:, None, :]).flatten(1)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x (batch, tokens, …) at index (tiles, n): (batch · tiles, n, …)."""
+    return x.index_select(1, index.flatten()).unflatten(1, index.shape).flatten(0, 1)
+
+
 def neighborhood_patch_attention(
     query: Tensor,
     key: Tensor,
@@ -76,16 +86,11 @@ def _npa_axis(length: int, window: int, offset: int | None) -> _NpaAxis:
 def _npa(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale):
     rows, cols = (_npa_axis(*axis) for axis in zip(grid, window, offsets))
     batch, device, tiles = len(query), query.device, (len(rows.windows), len(cols.windows))
-
-    def gather(x: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        """Tokens at (tile rows, m) x (tile columns, n): (batch · tiles, m · n, heads, head_dim)."""
-        index = row[:, None, :, None] * grid[1] + col[None, :, None, :]
-        picked = x.index_select(1, index.flatten().to(device))
-        return picked.unflatten(1, (tiles[0] * tiles[1], -1)).flatten(0, 1)
-
+    row, col = (x.flatten() for x in torch.meshgrid(*map(torch.arange, tiles), indexing="ij"))
     seen = [axis.windows[:, None] + torch.arange(side) for axis, side in zip((rows, cols), window)]
-    queries = gather(query, rows.queries, cols.queries)
-    keys, values = gather(key, *seen), gather(value, *seen)
+    key_index = _tokens(seen[0][row], seen[1][col], grid[1], device)
+    queries = _gather(query, _tokens(rows.queries[row], cols.queries[col], grid[1], device))
+    keys, values = _gather(key, key_index), _gather(value, key_index)
     if text is not None:
         corners = (rows.windows[:, None] * grid[1] + cols.windows).flatten().to(device)
 
@@ -174,15 +179,11 @@ def local_attention(
     outputs = []
     for part in visits.split(at_once):
         row, col = part // tiles[1], part % tiles[1]
-
-        def gather(x: Tensor, row_index: Tensor, col_index: Tensor, width: int) -> Tensor:
-            index = row_index[:, :, None] * width + col_index[:, None, :]
-            return x.index_select(1, index.flatten().to(device)).unflatten(1, (len(index), -1)).flatten(0, 1)
-
         keys, values, masks = [], [], []
         for i, (source_key, source_value, (_, width)) in enumerate(sources):
-            keys.append(gather(source_key, rows.keys[i][row], cols.keys[i][col], width))
-            values.append(gather(source_value, rows.keys[i][row], cols.keys[i][col], width))
+            seen = _tokens(rows.keys[i][row], cols.keys[i][col], width, device)
+            keys.append(_gather(source_key, seen))
+            values.append(_gather(source_value, seen))
             down, across = rows.masks[i][row].to(device), cols.masks[i][col].to(device)
             masks.append((down[:, :, None, :, None] & across[:, None, :, None, :]).flatten(3).flatten(1, 2))
         if text is not None:
@@ -190,7 +191,7 @@ def local_attention(
             values.append(text[2].repeat_interleave(len(part), dim=0))
             masks.append(masks[0].new_ones(len(part), sides[0] * sides[1], text[1].shape[1]))
         mask = torch.cat(masks, dim=2).repeat(batch, 1, 1) if masked else None
-        queries = gather(query, rows.queries[row], cols.queries[col], grid[1])
+        queries = _gather(query, _tokens(rows.queries[row], cols.queries[col], grid[1], device))
         output = _attend(queries, torch.cat(keys, 1), torch.cat(values, 1), scale, mask)
         outputs.append(output.unflatten(0, (batch, -1)))
 
