@@ -57,7 +57,7 @@ def load(
         folder = _folder(name)
         family = check_folder(folder)
         pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=dtype or _default_dtype(family, device, folder), use_safetensors=True
+            folder, dtype=dtype or _default_dtype(family, device, folder), use_safetensors=True
         ).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))

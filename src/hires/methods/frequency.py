@@ -35,7 +35,7 @@ def low_pass(x: Tensor, kernel: LowPass = "bilinear", factor: float = 1 / 8) -> 
 
     Kernels: bilinear, bicubic, nearest and lanczos go down to int(H·factor) × int(W·factor) and back up; fft is the
     ideal filter, |frequency| ≤ factor·Nyquist, on the periodic image; wavelet keeps the approximation of log2(1/factor)
-    levels of the LeGall 5/3 wavelet. HiresError where the factor leaves less than 2×2 pixels or suits no number of levels.
+    levels of the LeGall 5/3 wavelet. HiresError where the factor leaves less than 2×2 pixels, or fits no level.
     """
     height, width = x.shape[2:]
     if kernel == "fft":

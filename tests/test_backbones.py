@@ -1,0 +1,447 @@
+"""Backbones against the stock diffusers pipelines, and every schedule against its own definition."""
+
+import copy
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+
+import hires
+from hires.backbones import Backbone, Schedule, load
+from hires.backbones.flux import image_ids, pack, unpack
+from hires.backbones.presets import CONFIGS
+from hires.cascade import base_latents, to_images
+from hires.errors import HiresError
+from hires.models import HINTS, build_pipeline
+from hires.settings import Sampling
+
+PROMPTS = ["three red cubes", "a blue ball on a green plane"]
+SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "euler": ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    "dpm": ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+def scheduler(name, **options):
+    class_name, more = SCHEDULERS[name]
+    return getattr(diffusers, class_name)(**SDXL_BETAS, **more, **options)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return Backbone.from_pipeline(build_pipeline("tiny-flux"), "tiny-flux", HINTS["tiny-flux"])
+
+
+@pytest.fixture(scope="module")
+def sdxl_pipe():
+    return build_pipeline("tiny-sdxl")
+
+
+@pytest.fixture
+def sdxl(sdxl_pipe):
+    """With a scheduler and a VAE of its own, for a test to change."""
+    own = {name: copy.deepcopy(sdxl_pipe.components[name]) for name in ("scheduler", "vae")}
+    pipe = StableDiffusionXLPipeline(**{**sdxl_pipe.components, **own})
+    pipe.set_progress_bar_config(disable=True)
+    return Backbone.from_pipeline(pipe, "tiny-sdxl", HINTS["tiny-sdxl"])
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# --- the base stage is the stock pipeline -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 160)])
+def test_flux_base_is_the_stock_pipeline(flux, size):
+    stock = flux.pipe(
+        PROMPTS,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        max_sequence_length=40,
+        generator=generators(3, 4),
+        output_type="latent",
+    ).images
+    ours = base_latents(flux, PROMPTS, [3, 4], *size, Sampling(num_inference_steps=4, guidance_scale=3.0))
+    assert torch.equal(ours, unpack(stock, (size[0] // 8, size[1] // 8)))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_flux_base_follows_the_shift_of_the_scheduler(dynamic):
+    pipe = build_pipeline("tiny-flux")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=dynamic, shift=3.0, base_image_seq_len=16, max_image_seq_len=400
+    )
+    stock = pipe(PROMPTS[0], height=96, width=160, num_inference_steps=3, guidance_scale=3.5, max_sequence_length=40,
+                 generator=generators(0), output_type="latent").images  # fmt: skip
+    backbone = Backbone.from_pipeline(pipe, "mine", HINTS["tiny-flux"])
+    ours = base_latents(backbone, PROMPTS[:1], [0], 96, 160, Sampling(num_inference_steps=3, guidance_scale=3.5))
+    assert torch.equal(ours, unpack(stock, (12, 20)))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_sdxl_base_is_the_stock_pipeline(sdxl, name, prediction):
+    sdxl.pipe.scheduler = scheduler(name, prediction_type=prediction)
+    stock = sdxl.pipe(
+        PROMPTS, height=96, width=160, num_inference_steps=4, guidance_scale=5.0, generator=generators(3, 4),
+        output_type="latent",
+    ).images  # fmt: skip
+    ours = base_latents(sdxl, PROMPTS, [3, 4], 96, 160, Sampling(num_inference_steps=4, guidance_scale=5.0))
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 1.0}, {"guidance_scale": 4.0, "negative_prompt": "a grey cone"}]
+)
+def test_sdxl_guidance_is_the_stock_pipelines(sdxl, options):
+    stock = sdxl.pipe(
+        PROMPTS[0], height=128, width=128, num_inference_steps=3, generator=generators(5), output_type="latent",
+        **options,
+    ).images  # fmt: skip
+    ours = base_latents(sdxl, PROMPTS[:1], [5], 128, 128, Sampling(num_inference_steps=3, **options))
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sdxl"])
+def test_decoded_image_is_the_stock_pipelines(name):
+    pipe = build_pipeline(name)
+    pipe.vae.register_to_config(scaling_factor=0.37, shift_factor=0.12 if name == "tiny-flux" else None)
+    options = {"max_sequence_length": 40} if name == "tiny-flux" else {}
+    stock = pipe(PROMPTS[0], height=128, width=128, num_inference_steps=2, guidance_scale=2.0,
+                 generator=generators(1), **options).images  # fmt: skip
+    backbone = Backbone.from_pipeline(pipe, name, HINTS[name])
+    latents = base_latents(backbone, PROMPTS[:1], [1], 128, 128, Sampling(num_inference_steps=2, guidance_scale=2.0))
+    assert np.array_equal(np.array(to_images(backbone.decode(latents))[0]), np.array(stock[0]))
+
+
+def test_users_scheduler_stays_as_it_was(sdxl):
+    sdxl.pipe.scheduler.set_timesteps(7)
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in vars(sdxl.pipe.scheduler).items()}
+    base_latents(sdxl, PROMPTS[:1], [0], 96, 96, Sampling(num_inference_steps=2))
+    after = vars(sdxl.pipe.scheduler)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) if torch.is_tensor(value) else value == after[name]
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_packing_is_diffusers():
+    latents = torch.randn(2, 16, 12, 20)
+    tokens = pack(latents)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 12, 20))
+    assert torch.equal(unpack(tokens, (12, 20)), latents)
+    want = FluxPipeline._prepare_latent_image_ids(2, 6, 10, torch.device("cpu"), torch.float32)
+    assert torch.equal(image_ids((12, 20), torch.device("cpu")), want)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, tau, run",
+    [(50, 400, 20), (30, 600, 18), (28, 340, 10), (4, 500, 2), (10, 1000, 10), (10, 50, 1), (7, 72, 1)],
+)
+def test_tau_gives_the_last_steps(flux, steps, tau, run):
+    assert flux.first_step(Sampling(num_inference_steps=steps, tau=tau)) == steps - run
+
+
+def test_tau_without_a_step(flux):
+    with pytest.raises(HiresError, match=r"tau = 40 of 10 steps .* from 50 to 1000"):
+        flux.first_step(Sampling(num_inference_steps=10, tau=40))
+
+
+def test_first_sigma_of_a_flux_stage_is_the_papers(flux):
+    """FLUX.1-dev's scheduler, 30 steps, τ = 600: 0.826 at any resolution, for μ is the base's (1.15)."""
+    dev = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(CONFIGS / "flux-dev" / "scheduler")
+    backbone = Backbone.from_pipeline(FluxPipeline(**{**flux.pipe.components, "scheduler": dev}), "dev", {})
+    sampling = backbone.defaults
+    first = backbone.first_step(sampling)
+    schedule = backbone.schedule(sampling, backbone.latent_size(1024, 1024), first)
+    assert first == 12
+    assert schedule.sigmas[first] == pytest.approx(np.exp(1.15) * 0.6 / (np.exp(1.15) * 0.6 + 0.4), abs=1e-5)
+    assert schedule.sigmas[first] == pytest.approx(0.826, abs=5e-4)
+
+
+def load_config_only(name):
+    """The backbone of a full-size architecture without its weights: on the meta device."""
+    return load(name, device="meta", dtype="bfloat16", weights="random")
+
+
+def test_defaults_are_the_papers():
+    flux, sdxl = load_config_only("flux-dev"), load_config_only("sdxl")
+    assert flux.defaults.model_dump(exclude_unset=True) == {
+        "num_inference_steps": 30, "guidance_scale": 3.5, "tau": 600, "max_sequence_length": 512,
+        "lfm_factor": 1 / 4, "sg_factor": 1 / 4, "gamma": "sigma",
+    }  # fmt: skip
+    assert sdxl.defaults.model_dump(exclude_unset=True) == {
+        "num_inference_steps": 50, "guidance_scale": 7.5, "tau": 400,
+        "lfm_factor": 1 / 8, "sg_factor": 1 / 8, "gamma": "one_minus_alpha_bar",
+    }  # fmt: skip
+    assert (flux.base_resolution, flux.size_multiple, flux.latent_channels) == (1024, 64, 16)
+    assert (sdxl.base_resolution, sdxl.size_multiple, sdxl.latent_channels) == (1024, 64, 4)
+    # The published sizes of the two models.
+    assert sum(p.numel() for p in flux.model.parameters()) == pytest.approx(11.9e9, rel=1e-3)
+    assert sum(p.numel() for p in sdxl.model.parameters()) == 2_567_463_684
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_levels_are_those_of_alpha_bar(name, prediction):
+    schedule = Schedule(scheduler(name), 6, 2, prediction)
+    if name == "euler-karras":
+        want = np.array(schedule.sigmas) ** 2 / (1 + np.array(schedule.sigmas) ** 2)
+    else:
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        alpha_bar = np.cumprod(1 - betas)
+        ratio = np.interp(schedule.timesteps, np.arange(1000), ((1 - alpha_bar) / alpha_bar) ** 0.5) ** 2
+        want = ratio / (1 + ratio)
+    np.testing.assert_allclose(schedule.noise_shares, want, rtol=2e-4)
+    is_euler = name.startswith("euler")
+    for alpha, sigma in zip(schedule.alphas, schedule.sigmas, strict=True):
+        assert alpha == 1 if is_euler else alpha**2 + sigma**2 == pytest.approx(1, abs=1e-5)
+
+
+def flow(steps, first):
+    return Schedule(
+        diffusers.FlowMatchEulerDiscreteScheduler(), steps, first, "flow", sigmas=np.linspace(1, 1 / steps, steps)
+    )
+
+
+def every_schedule(steps, first):
+    yield flow(steps, first)
+    for name in SCHEDULERS:
+        for prediction in ("epsilon", "v_prediction"):
+            yield Schedule(scheduler(name, prediction_type=prediction), steps, first, prediction)
+
+
+def test_model_output_and_clean_estimate_are_inverse():
+    latents, output = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for schedule in every_schedule(6, 0):
+        for step in (1, 3, 5):
+            back = schedule.from_x0(schedule.to_x0(output, latents, step), latents, step)
+            torch.testing.assert_close(back, output, atol=2e-3, rtol=1e-3)
+
+
+def test_clean_estimate_of_the_true_noise_is_the_truth():
+    x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for schedule in every_schedule(6, 2):
+        noisy = schedule.add_noise(x0, noise)
+        alpha, sigma = schedule.alphas[2], schedule.sigmas[2]
+        norm = (alpha**2 + sigma**2) ** 0.5
+        true = {
+            "flow": noise - x0,
+            "epsilon": noise,
+            "v_prediction": alpha / norm * noise
+            - sigma / norm * x0,  # Salimans and Ho 2022, in variance-preserving form
+        }[schedule.prediction]
+        torch.testing.assert_close(schedule.to_x0(true, noisy, 2), x0, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stage_that_starts_in_the_middle_ends_at_what_the_model_knows():
+    """A model that always answers with the same clean image must arrive there, whatever the scheduler."""
+    x0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for schedule in every_schedule(12, 7):
+        latents = schedule.add_noise(x0 + 0.5, noise)
+        for step in range(7, 12):
+            schedule.scale_model_input(latents, step)
+            latents = schedule.step(schedule.from_x0(x0, latents, step), latents, step, generators(0))
+        torch.testing.assert_close(latents, x0, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler"])
+def test_schedulers_of_several_calls_a_step_are_refused(sdxl, name):
+    sdxl.pipe.scheduler = getattr(diffusers, name)(**SDXL_BETAS)
+    with pytest.raises(HiresError, match=name):
+        base_latents(sdxl, PROMPTS[:1], [0], 128, 128, Sampling(num_inference_steps=4))
+
+
+# --- size conditioning, VAE -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time_ids, told", [("target", 256), ("base", 128)])
+def test_size_that_sdxl_is_told(sdxl, time_ids, told):
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist())
+
+    hook = sdxl.model.register_forward_pre_hook(look, with_kwargs=True)
+    hires.generate(sdxl, PROMPTS[0], "npa", height=256, width=256, num_inference_steps=2, tau=500, time_ids=time_ids)
+    hook.remove()
+    row = [told, told, 0, 0, told, told]
+    assert seen == [[[128, 128, 0, 0, 128, 128]] * 2] * 2 + [[row] * 2]
+
+
+def test_vae_runs_in_float32_under_float16_and_goes_back(sdxl):
+    sdxl.pipe.vae.to(torch.float16).register_to_config(force_upcast=True)
+    seen = []
+    sdxl.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    sdxl.pipe.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert sdxl.encode(sdxl.decode(torch.randn(1, 16, 8, 8))).dtype == torch.float32
+    assert seen == [torch.float32, torch.float32] and sdxl.pipe.vae.dtype == torch.float16
+
+
+def test_vae_tiles_above_four_times_the_base_area_or_as_asked(sdxl):
+    calls = []
+    sdxl.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape[2:])))
+
+    def tiles(side, tiling=None):
+        calls.clear()
+        sdxl.decode(torch.zeros(1, 16, side, side), tiling)
+        return len(calls)
+
+    assert tiles(32) == 1 and tiles(36) > 1
+    assert tiles(32, True) > 1 and tiles(36, False) == 1
+    assert not sdxl.pipe.vae.use_tiling
+    sdxl.pipe.vae.enable_tiling()
+    assert tiles(32) > 1 and sdxl.pipe.vae.use_tiling
+
+
+def test_latent_statistics_per_channel(sdxl):
+    vae = sdxl.pipe.vae
+    mean, std = torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16)
+    raw = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist(), scaling_factor=0.5)
+    latents = sdxl.encode(torch.zeros(1, 3, 64, 64))
+    torch.testing.assert_close(latents, (raw - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1) * 0.5)
+    torch.testing.assert_close(sdxl.decode(latents), vae.decode(raw).sample.clamp(-1, 1))
+
+
+def test_posterior_sample_is_drawn_from_each_images_generator(sdxl):
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    both = sdxl.encode(pixels, generators(1, 2), "sample")
+    second = sdxl.encode(pixels[1:], generators(2), "sample")
+    torch.testing.assert_close(both[1:], second)
+    distribution = sdxl.pipe.vae.encode(pixels[1:]).latent_dist
+    noise = torch.randn(1, 16, 8, 8, generator=generators(2)[0])
+    torch.testing.assert_close(second, distribution.mean + distribution.std * noise)
+    assert not torch.allclose(both, sdxl.encode(pixels))
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "mine"
+    build_pipeline("tiny-flux").save_pretrained(folder)
+    hints = {"base_resolution": 128, "size_multiple": 32, "sampling": {"tau": 340, "max_sequence_length": 40}}
+    (folder / "hires.json").write_text(json.dumps(hints))
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "mine")
+
+
+def test_load_a_folder(folder, flux):
+    backbone = load(folder, device="cpu")
+    assert backbone.family == "flux" and backbone.name == str(folder) and backbone.dtype == torch.float32
+    assert (backbone.base_resolution, backbone.size_multiple) == (128, 32)
+    assert backbone.defaults.tau == 340 and backbone.defaults.num_inference_steps == 30
+    sampling = Sampling(num_inference_steps=2, guidance_scale=2.0)
+    ours, same = (base_latents(b, PROMPTS[:1], [0], 96, 96, sampling) for b in (backbone, flux))
+    assert torch.equal(ours, same)
+
+
+def test_revision_is_of_the_weights(folder):
+    first = load(folder, device="cpu").revision
+    assert len(first) == 64 and load(folder, device="cpu").revision == first
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert load(folder, device="cpu").revision != first
+
+
+def test_random_weights_are_the_same_every_time(folder):
+    for name in ("tiny-sdxl", str(folder)):
+        one, two = (load(name, device="cpu", weights="random") for _ in range(2))
+        assert one.revision == "random"
+        for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_random_weights_without_text_encoders(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        index[part] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    backbone = load(folder, device="cpu", weights="random")
+    one = backbone.encode_prompt(["a", "b"], Sampling(max_sequence_length=8))
+    assert {name: tuple(t.shape) for name, t in one.items()} == {"prompt_embeds": (2, 8, 128), "pooled": (2, 128)}
+    assert torch.equal(one["pooled"][1:], backbone.encode_prompt(["b"], Sampling(max_sequence_length=8))["pooled"])
+    assert not torch.equal(one["pooled"][0], one["pooled"][1])
+
+
+def refusal(*args, **options):
+    with pytest.raises(HiresError) as error:
+        load(*args, device="cpu", **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_load_refuses(folder, tmp_path):
+    assert "did you mean 'tiny-flux'" in refusal("tiny-flix")
+    assert "bfloat16" in refusal(folder, dtype="bf16")
+    assert "did you mean 'random'" in refusal("tiny-flux", weights="randon")
+    assert "no model_index.json" in refusal(tmp_path)
+    assert "does not exist" in refusal("./nowhere/at/all")
+    assert "flux-dev" in refusal("flux-schnell", weights="random")
+
+
+def test_load_refuses_broken_weights(folder):
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    for cut in (0, 5, 100, len(data) - 1):
+        file.write_bytes(data[:cut])
+        assert "cut short" in refusal(folder)
+    file.rename(file.with_suffix(".bin"))
+    assert "no *.safetensors" in refusal(folder)
+    index = file.with_suffix(".safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"x": "part-1.safetensors"}}))
+    assert "part-1.safetensors is missing" in refusal(folder)
+    shutil.rmtree(folder / "vae")
+    index.unlink()
+    file.with_suffix(".bin").rename(file)
+    file.write_bytes(data)
+    assert "'vae' is missing" in refusal(folder)
+
+
+def test_load_refuses_another_pipeline(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
+    assert "StableDiffusionPipeline: allowed: FluxPipeline, StableDiffusionXLPipeline" in refusal(folder)
+
+
+def test_from_pipeline_keeps_the_users_object(sdxl_pipe):
+    class Mine(StableDiffusionXLPipeline):
+        pass
+
+    mine = Mine(**sdxl_pipe.components)
+    backbone = Backbone.from_pipeline(mine)
+    assert backbone.pipe is mine and backbone.family == "sdxl" and backbone.revision is None
+    assert backbone.base_resolution == 128 and backbone.size_multiple == 64
+    with pytest.raises(HiresError, match="AutoencoderKL is not supported: allowed: FluxPipeline, StableDiffusionXL"):
+        Backbone.from_pipeline(mine.vae)
+
+
+def test_bad_hints_are_told_with_their_name(sdxl_pipe):
+    with pytest.raises(HiresError, match="did you mean 'tau'"):
+        Backbone.from_pipeline(sdxl_pipe, "x", {"sampling": {"tua": 3}})
