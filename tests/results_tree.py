@@ -63,14 +63,24 @@ def build(
             value *= rng.uniform(0.8, 1.2)
             flag = "n below the feature dimension" if name == "fid" else ""
             bounds = {"value": value, "low": value * 0.9, "high": value * 1.1}
-            rows.append({**place, "trial": 0, "metric": name, **bounds, "n": n, "flag": flag, "protocol": "test"})
+            rows.append({**place, "trial": "all", "metric": name, **bounds, "n": n, "flag": flag, "protocol": "test"})
+    for study, side, n in [("main", *size) for size in sizes] + [("tau", sizes[0][0], 2)]:
+        place = {
+            "study": study,
+            "height": side,
+            "width": side,
+            **dict.fromkeys(("setting", "backbone", "variant"), "reference"),
+        }
+        for name, value in SCORES.items():
+            bounds = {"value": value / 2, "low": value / 2.2, "high": value / 1.8}
+            rows.append({**place, "trial": "all", "metric": name, **bounds, "n": n, "flag": "", "protocol": "test"})
     for backbone in backbones:
         for side, n in sizes:
-            for metric, difference in {"repetition": -0.2, "clip": 0.1}.items():
+            for metric, difference in {"repetition": 0.2, "clip": -0.1}.items():
                 place = {"study": "main", "setting": "default", "backbone": backbone, "height": side, "width": side}
                 low = difference - 0.15
                 bounds = {"difference": difference, "low": low, "high": difference + 0.15, "n": n}
-                pairs.append({**place, "metric": metric, "a": "scalediff", "b": "npa", **bounds})
+                pairs.append({**place, "metric": metric, "a": "npa", "b": "scalediff", **bounds})
     pd.DataFrame(rows).to_parquet(folder / "metrics.parquet")
     pd.DataFrame(pairs).to_parquet(folder / "paired.parquet")
     table = {"index": range(len(ids)), "id": ids, "prompt": list(prompts)}

@@ -14,6 +14,7 @@ from PIL import Image
 from hires.errors import HiresError
 
 TRUE = "true image"
+_REFERENCE = "reference"  # what the table of scores calls them
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
 
 
@@ -52,8 +53,16 @@ class Results:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The tidy table of scores, one row per image set and metric."""
-        return pd.read_parquet(self.path / "metrics.parquet")
+        """The tidy table of scores over all trials, one row per image set and metric."""
+        return where(pd.read_parquet(self.path / "metrics.parquet"), trial="all")
+
+    def scores(self, study: str, **columns) -> pd.DataFrame:
+        """A study's scores; those of the references stand under every backbone, as variant "true image"."""
+        rows = where(self.metrics, study=study, **columns)
+        rows = rows[rows["setting"] != _REFERENCE]
+        truth = where(self.metrics, study=study, setting=_REFERENCE).drop(columns=["setting", "backbone", "variant"])
+        sets = rows[["setting", "backbone", "height", "width"]].drop_duplicates()
+        return pd.concat([rows, truth.merge(sets, on=["height", "width"]).assign(variant=TRUE)], ignore_index=True)
 
     @cached_property
     def paired(self) -> pd.DataFrame:

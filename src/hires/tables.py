@@ -3,14 +3,27 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from hires.results import repository_root, size_name, where
+from hires.results import TRUE, repository_root, size_name, where
 from hires.variants import VARIANTS
 
 COMPONENTS = ("npa", "npa+lfm", "npa+sg", "scalediff")
+CONTRASTS = (
+    ("npa+lfm", "npa"),
+    ("npa+sg", "npa"),
+    ("scalediff", "npa"),
+    ("scalediff", "npa+lfm"),
+    ("scalediff", "npa+sg"),
+    ("scalediff", "dense+lfm+sg"),
+    ("scalediff", "multidiffusion+lfm+sg"),
+    ("scalediff", "direct"),
+    ("scalediff", "upsample"),
+)
 FLAG = "†"
+_COSTS = ("seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,9 @@ METRICS = {
     "colours": Metric("colours right", "higher", "share"),
     "repetition": Metric("repeated objects", "lower", "per image"),
     "spectrum": Metric("spectral distance", "lower", "log₁₀ power"),
+    "spectrum_low": Metric("power, ⅛–¼ Nyquist", "", "log₁₀"),
+    "spectrum_mid": Metric("power, ¼–½ Nyquist", "", "log₁₀"),
+    "spectrum_high": Metric("power, ½–1 Nyquist", "", "log₁₀"),
     "seconds": Metric("time", "lower", "s per image"),
     "peak_bytes": Metric("peak memory", "lower", "GiB", 2**-30),
 }
@@ -63,7 +79,8 @@ def in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
 
 
 def variants_of(frame: pd.DataFrame) -> list[str]:
-    return in_order(frame["variant"], VARIANTS)
+    """The distinct variants of a table, true images first."""
+    return in_order(frame["variant"], [TRUE, *VARIANTS])
 
 
 def metrics_of(frame: pd.DataFrame) -> list[str]:
@@ -106,23 +123,26 @@ def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def differences(paired: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences a − b on the same prompts and seeds, bold where the interval leaves out zero."""
+def contrasts(paired: pd.DataFrame, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> pd.DataFrame:
+    """The rows of `paired` for these pairs (a, b), turned round where the table holds b − a."""
+    flipped = paired.assign(
+        a=paired["b"], b=paired["a"], difference=-paired["difference"], low=-paired["high"], high=-paired["low"]
+    )
+    both = pd.concat([paired, flipped])
+    return pd.concat([where(both, a=a, b=b) for a, b in pairs], ignore_index=True)
+
+
+def differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Paired differences a − b, one column per metric; bold where the interval leaves out zero."""
+    names = [name for name in metrics_of(paired) if names is None or name in names]
     rows = []
-    for row in paired.itertuples():
-        shown = metric(row.metric)
-        text = interval(row.difference * shown.scale, row.low * shown.scale, row.high * shown.scale, signed=True)
-        rows.append(
-            {
-                "backbone": row.backbone,
-                "size": size_name(row.height, row.width),
-                "a − b": f"{row.a} − {row.b}",
-                "metric": shown.title,
-                "difference": f"**{text}**" if row.low > 0 or row.high < 0 else text,
-                "n": row.n,
-            }
-        )
-    return pd.DataFrame(rows, columns=["backbone", "size", "a − b", "metric", "difference", "n"])
+    for (backbone, height, width, a, b), group in paired.groupby(["backbone", "height", "width", "a", "b"], sort=False):
+        row = {"backbone": backbone, "size": size_name(height, width), "a − b": f"{a} − {b}", "n": _range(group["n"])}
+        for name in names:
+            cell = where(group, metric=name)
+            row[metric(name).title] = _difference(cell.iloc[0], metric(name).scale) if len(cell) else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def published(paper: str, table: str) -> pd.DataFrame:
@@ -147,7 +167,7 @@ def beside(metrics: pd.DataFrame, printed: pd.DataFrame, paper: str) -> pd.DataF
         for name in names:
             row[metric(name).title] = f"{values[name] * metric(name).scale:.4g}" if name in values else "–"
         rows.append(row)
-    ours = scores(where(metrics, variant=variants_of(printed)), names).rename(columns={"backbone": "model"})
+    ours = scores(where(metrics, variant=[*variants_of(printed), TRUE]), names).rename(columns={"backbone": "model"})
     return pd.concat([pd.DataFrame(rows), ours.assign(source="this run")]).fillna("–")
 
 
@@ -173,33 +193,33 @@ def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> list[str]:
     for backbone in sorted(set(metrics["backbone"])):
         rows = where(metrics, backbone=backbone)
         height, width = sizes_of(rows)[-1]
+        rows = where(rows, height=height, width=width)
         place = f"{backbone} at {size_name(height, width)}"
-        tests = where(paired, backbone=backbone, height=height, width=width)
+        tests = contrasts(where(paired, backbone=backbone, height=height, width=width), [("scalediff", "npa")])
         for name in metrics_of(rows):
-            shown = metric(name)
-            if not shown.better or name in ("seconds", "peak_bytes"):
+            if not metric(name).better or name in _COSTS:
                 continue
-            sentences += _best(where(rows, height=height, width=width, metric=name), shown, place)
-            sentences += [
-                _tested(test, shown, place) for test in where(tests, metric=name).itertuples() if test.a == "scalediff"
-            ]
+            sentences += _best(rows[rows["metric"] == name], metric(name), place)
+            sentences += [_tested(test, metric(name), place) for test in where(tests, metric=name).itertuples()]
     return sentences
 
 
 def _best(rows: pd.DataFrame, shown: Metric, place: str) -> list[str]:
+    truth = rows[rows["variant"] == TRUE]
+    rows = rows[rows["variant"] != TRUE].sort_values("value", ascending=shown.better == "lower", kind="stable")
     if len(rows) < 2:
         return []
-    rows = rows.sort_values("value", ascending=shown.better == "lower", kind="stable")
     best, second = rows.iloc[0], rows.iloc[1]
     word = "lowest" if shown.better == "lower" else "highest"
     note = ", too few images for this score to be trusted" if best["flag"] else ""
+    true = f"; true images have {_cell(truth.iloc[0], shown.scale)}" if len(truth) else ""
     return [
         f"{place}: {best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']}{note}); "
-        f"next is {second['variant']} with {_cell(second, shown.scale)}."
+        f"next is {second['variant']} with {_cell(second, shown.scale)}{true}."
     ]
 
 
-def _tested(test, shown: Metric, place: str) -> str:
+def _tested(test: Any, shown: Metric, place: str) -> str:
     text = interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
     if test.low <= 0 <= test.high:
         verdict = "no difference can be told"
@@ -214,6 +234,11 @@ def _groups(metrics: pd.DataFrame):
             rows = where(metrics, backbone=backbone, height=height, width=width)
             for variant in variants_of(rows):
                 yield backbone, size_name(height, width), variant, where(rows, variant=variant)
+
+
+def _difference(row: pd.Series, scale: float) -> str:
+    text = interval(row["difference"] * scale, row["low"] * scale, row["high"] * scale, signed=True)
+    return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
 
 
 def _cell(row: pd.Series, scale: float, digits: int | None = None) -> str:

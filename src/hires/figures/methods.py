@@ -101,16 +101,16 @@ def guidance_weight(weights: pd.DataFrame) -> Figure:
                 axis.plot(rows["step"], rows["weight"], ".-", color=shade, label=form)
             axis.set_title(family, loc="left")
             axis.set_xlabel("step of the stage")
-            axis.set_ylim(bottom=0)
             axis.legend()
         axes[0].set_ylabel("γ (no unit)")
+        axes[0].set_ylim(0, 1.05)
     return figure
 
 
 def band_spectra(curves: pd.DataFrame) -> Figure:
     """Radial power of latents: columns backbone, latent, frequency, power, low, high; one panel per backbone."""
     names = dict.fromkeys(curves["latent"])
-    return spectra(curves, by="latent", colours=dict(zip(names, _SHADES)))
+    return spectra(curves, by="latent", colours=dict(zip(names, _SHADES)), ylabel="power (latent²)")
 
 
 def _rectangle(box: Box, **look) -> Rectangle:

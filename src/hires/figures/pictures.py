@@ -39,7 +39,7 @@ def comparison(
     missing image leaves its place empty. `crop_side` (relative to the image) None: whole images only.
     """
     image = next(iter(rows[0][1].values()))
-    cell = max(PAGE_WIDTH / len(columns), 1.05)  # inches
+    cell = min(max(PAGE_WIDTH / len(columns), 1.05), 1.5)  # inches
     heights = [cell * image.height / image.width, *([] if crop_side is None else [cell])]
     step, head = sum(heights) + _GAP * len(heights) + _CAPTION, 0.32
     size = (cell * len(columns), head + step * len(rows))
@@ -102,8 +102,8 @@ def latent_spectra(latents: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
 def radial_spectra(results: Results, name: str, by: str = "variant", **columns) -> pd.DataFrame:
     """Mean spectra of the stored images with these `columns`, and of their references as "true image".
 
-    Columns backbone, `by`, frequency, power, low, high, n: the geometric mean over images and its 95 % interval (normal,
-    of the logarithm). They are kept in tables/`name`.csv and read from there where no images are stored.
+    Columns backbone, `by`, frequency, power, low, high, n: the geometric mean over images and its 95 % interval
+    (normal, of the logarithm). They are kept in tables/`name`.csv and read from there where no images are stored.
     """
     kept = Path("tables") / f"{name}.csv"
     images = where(results.images, **columns)
@@ -120,13 +120,8 @@ def radial_spectra(results: Results, name: str, by: str = "variant", **columns) 
             logs = np.log10([power for _, power in spectrum])
             half = 1.96 * logs.std(0, ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.zeros(logs.shape[1])
             mean = logs.mean(0)
-            curve = {
-                "frequency": spectrum[0][0],
-                "power": 10**mean,
-                "low": 10 ** (mean - half),
-                "high": 10 ** (mean + half),
-            }
-            rows.append(pd.DataFrame({"backbone": backbone, by: value, **curve, "n": len(logs)}))
+            curve = {"power": 10**mean, "low": 10 ** (mean - half), "high": 10 ** (mean + half), "n": len(logs)}
+            rows.append(pd.DataFrame({"backbone": backbone, by: value, "frequency": spectrum[0][0], **curve}))
     curves = pd.concat(rows)
     (results.output / kept).parent.mkdir(parents=True, exist_ok=True)
     curves.to_csv(results.output / kept, index=False)

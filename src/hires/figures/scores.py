@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hires import tables
 from hires.figures.style import colour, label, marker, panels, style
-from hires.results import size_name, where
+from hires.results import TRUE, size_name, where
 
 _COLUMNS = 4
 
@@ -72,16 +73,18 @@ def sweep(
     """Metrics against a setting: rows of panels are backbones, columns metrics, lines variants with their intervals.
 
     `column`: the numeric column of `metrics` that is swept. `defaults`: backbone -> the value it uses by default, drawn
-    as a dashed line.
+    as a dashed line. True images' scores are a dotted line.
     """
     names = [name for name in names if name in set(metrics["metric"])]
     backbones = sorted(set(metrics["backbone"]))
-    variants = tables.variants_of(metrics)
+    variants = [name for name in tables.variants_of(metrics) if name != TRUE]
     with style():
         figure, axes = panels(len(backbones), len(names), 1.7 * len(backbones) + 0.6, sharex=True)
         for line, backbone in zip(axes, backbones):
             for axis, name in zip(line, names):
                 scale = tables.metric(name).scale
+                for row in where(metrics, backbone=backbone, metric=name, variant=TRUE).head(1).itertuples():
+                    axis.axhline(row.value * scale, color=colour(TRUE), linestyle=":", linewidth=1)
                 for variant in variants:
                     rows = where(metrics, backbone=backbone, metric=name, variant=variant).sort_values(column)
                     axis.fill_between(
@@ -104,32 +107,46 @@ def sweep(
         for axis in axes[-1]:
             axis.set_xlabel(xlabel)
         handles = [Line2D([], [], color=colour(v), marker=marker(v), label=label(v)) for v in variants]
+        if TRUE in set(metrics["variant"]):
+            handles.append(Line2D([], [], color=colour(TRUE), linestyle=":", label=TRUE))
         figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     return figure
 
 
-def spectra(curves: pd.DataFrame, by: str = "variant", colours: dict | None = None) -> Figure:
+def spectra(
+    curves: pd.DataFrame,
+    by: str = "variant",
+    colours: dict | None = None,
+    labels: dict[str, str] | None = None,
+    ylabel: str = "power (luminance²)",
+) -> Figure:
     """Radial power spectra, one panel per backbone: columns backbone, `by`, frequency (cycles/pixel), power, low, high.
 
-    `low` and `high` bound the mean over images. Dotted lines bound the octaves below the Nyquist frequency.
+    `low` and `high` bound the mean over images. Dotted lines: ⅛, ¼ and ½ of the Nyquist frequency. `colours` and
+    `labels` belong to the values of `by`; default: those of the variants.
     """
     backbones = sorted(set(curves["backbone"]))
     names = tables.variants_of(curves) if by == "variant" else list(dict.fromkeys(curves[by]))
     with style():
-        figure, axes = panels(1, len(backbones), 3.1, sharey=True)
-        for axis, backbone in zip(axes[0], backbones):
+        figure, (axes,) = panels(1, len(backbones), 3.1, sharey=True)
+        for axis, backbone in zip(axes, backbones):
             for name in names:
                 rows = where(curves, backbone=backbone, **{by: name}).sort_values("frequency")
                 shade = colours[name] if colours else colour(name)
                 axis.fill_between(rows["frequency"], rows["low"], rows["high"], color=shade, alpha=0.12, lw=0)
-                axis.plot(rows["frequency"], rows["power"], color=shade, label=label(str(name)))
+                text = labels.get(name, name) if labels else label(name)
+                axis.plot(rows["frequency"], rows["power"], color=shade, label=text)
             axis.set(xscale="log", yscale="log", xlabel="spatial frequency (cycles/pixel)", title=backbone)
             for edge in (1 / 16, 1 / 8, 1 / 4):
                 axis.axvline(edge, color="#9a9a9a", linestyle=":", linewidth=0.8)
+            lowest = min(2.0 ** np.ceil(np.log2(curves["frequency"].min())), 1 / 16)
+            ticks = 2.0 ** np.arange(np.log2(lowest), 0)
+            axis.set_xticks(ticks, [f"1/{round(1 / tick)}" for tick in ticks])
+            axis.minorticks_off()
             axis.set_xlim(right=0.5)
-        axes[0, 0].set_ylabel("power (luminance², arbitrary units)")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        axes[0].set_ylabel(ylabel)
+        handles, texts = axes[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -1,0 +1,21 @@
+"""Stage: the HTML report of a configuration."""
+
+from hires import layout, shards
+from hires.config import Config
+from hires.storage import replacing
+
+
+def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40) -> None:
+    """Write `layout.report` from the metrics, tables, figures, images and provenance that are there.
+
+    Args:
+        lossless_prompts: how many prompts of the gallery are stored without loss.
+        max_megabytes: size that the gallery may reach.
+    """
+    from hires.report import write
+    from hires.results import Results
+
+    target = layout.report(config)
+    with shards.told("report", 1) as made, replacing(target) as temporary:
+        write(Results.open(config.root), temporary, config.name, lossless_prompts, max_megabytes)
+        made.append(1)

@@ -1,0 +1,246 @@
+"""Figures and tables on a small results folder: they draw what is there, and print what the parquet files hold."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import results_tree
+from matplotlib import colors
+from PIL import Image
+
+from hires import figures, tables
+from hires.errors import HiresError
+from hires.results import TRUE, Results, where
+from hires.variants import VARIANTS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Results.open(results_tree.build(tmp_path_factory.mktemp("results")))
+
+
+def drawn(figure, tmp_path, name="figure"):
+    """Save a figure; its PNG as an array."""
+    figures.save(figure, tmp_path, name)
+    assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    return np.asarray(Image.open(tmp_path / "figures" / f"{name}.png").convert("RGB"))
+
+
+def has_colour(pixels, colour):
+    """Whether a few pixels have this colour (antialiasing aside)."""
+    rgb = np.array(colors.to_rgb(colour)) * 255
+    return (np.abs(pixels.astype(float) - rgb).max(-1) < 12).sum() > 5
+
+
+def test_results_need_a_table(tmp_path):
+    with pytest.raises(HiresError, match=r"no metrics\.parquet"):
+        Results.open(tmp_path)
+
+
+def test_results_resolve_against_the_repository_root(monkeypatch, tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "published.csv").touch()
+    (tmp_path / "notebooks").mkdir()
+    results_tree.build(tmp_path / "results" / "embedded", backbones=["tiny-flux"], variants=["npa"])
+    monkeypatch.chdir(tmp_path / "notebooks")
+    opened = Results.open("results/embedded", "results/figures")
+    assert opened.path == tmp_path / "results" / "embedded"
+    assert opened.output == tmp_path / "results" / "figures"
+
+
+def test_images_come_in_the_order_of_the_prompts(run):
+    shown = run.pictures(2, study="main", backbone="tiny-flux")
+    assert [prompt for prompt, _ in shown] == list(run.prompts["prompt"][:2])
+    assert set(shown[0][1]) == {TRUE, *results_tree.VARIANTS}
+    assert np.array_equal(np.asarray(shown[1][1]["npa"]), np.asarray(results_tree.picture(64, 1, 0.1 + 0.15 * 2)))
+
+
+def test_scores_hold_the_true_images_of_every_backbone(run):
+    scores = run.scores("main")
+    for backbone in results_tree.BACKBONES:
+        row = where(scores, backbone=backbone, variant=TRUE, metric="fid").iloc[0]
+        assert row["value"] == results_tree.SCORES["fid"] / 2
+
+
+def test_table_prints_the_numbers_of_the_parquet(run):
+    stored = where(pd.read_parquet(run.path / "metrics.parquet"), study="main", backbone="tiny-sdxl", variant="npa+lfm")
+    shown = where(tables.scores(run.scores("main")), backbone="tiny-sdxl", variant="npa+lfm").iloc[0]
+    for name, scale in (("clip", 1), ("kid", 1000), ("fid", 1)):
+        row = where(stored, metric=name).iloc[0]
+        text = shown[tables.metric(name).title]
+        numbers = [float(part) for part in text.rstrip("†").replace("[", "").replace("]", "").replace(",", "").split()]
+        digits = len(text.split()[0].partition(".")[2])
+        assert numbers == [round(row[column] * scale, digits) for column in ("value", "low", "high")]
+        assert text.endswith("†") == bool(row["flag"])
+    assert shown["n"] == "3"
+
+
+def test_absent_scores_are_dashes(run):
+    scores = run.scores("main")
+    some = scores[~((scores["variant"] == "direct") & (scores["metric"] == "clip"))]
+    shown = tables.scores(some).set_index(["backbone", "variant"])
+    title = tables.metric("clip").title
+    assert shown.loc[("tiny-flux", "direct"), title] == "–"
+    assert "[" in shown.loc[("tiny-flux", "npa"), title]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((0.4123, 0.31, 0.52), "0.41 [0.31, 0.52]"),
+        ((61.87, 55.0, 71.2), "62 [55, 71]"),
+        ((0.00412, 0.00401, 0.00422), "0.00412 [0.00401, 0.00422]"),
+        ((-0.2, -0.35, -0.05), "−0.20 [−0.35, −0.05]"),
+        ((3.0, 3.0, 3.0), "3.00"),
+    ],
+)
+def test_interval_shows_what_its_width_supports(numbers, text):
+    assert tables.interval(*numbers) == text
+
+
+def test_contrasts_turn_pairs_round(run):
+    stored = where(run.paired, backbone="tiny-flux", metric="repetition").iloc[0]
+    turned = where(tables.contrasts(run.paired), backbone="tiny-flux", metric="repetition")
+    assert (stored["a"], stored["b"]) == ("npa", "scalediff")
+    assert len(turned) == 1
+    row = turned.iloc[0]
+    assert (row["a"], row["b"]) == ("scalediff", "npa")
+    assert (row["difference"], row["low"], row["high"]) == (-stored["difference"], -stored["high"], -stored["low"])
+
+
+def test_differences_are_bold_where_zero_is_left_out(run):
+    shown = tables.differences(tables.contrasts(run.paired)).iloc[0]
+    assert shown[tables.metric("repetition").title] == "**−0.20 [−0.35, −0.05]**"
+    assert shown[tables.metric("clip").title] == "+0.10 [−0.05, +0.25]"
+
+
+def test_findings_name_the_best_and_the_tested(run):
+    scores = run.scores("main")
+    said = tables.findings(scores, run.paired)
+    rows = where(scores, backbone="tiny-flux", metric="repetition", variant=list(results_tree.VARIANTS))
+    best = rows.loc[rows["value"].idxmin(), "variant"]
+    assert any(s.startswith(f"tiny-flux at 64x64: {best} has the lowest repeated objects") for s in said)
+    assert any("scalediff against npa" in s and "repeated objects −0.20 [−0.35, −0.05]: better" in s for s in said)
+    assert any("scalediff against npa" in s and "CLIP" in s and "no difference can be told" in s for s in said)
+
+
+def test_published_numbers_stand_beside_ours(run):
+    printed = tables.published("ScaleDiff", "ablation")
+    shown = tables.beside(run.scores("main"), printed, "ScaleDiff")
+    paper = shown[shown["source"] == "ScaleDiff, printed"].set_index("variant")
+    assert paper.loc["scalediff", tables.metric("fid").title] == "61.87"
+    assert paper.loc["scalediff", tables.metric("kid").title] == "2.5"
+    ours = shown[shown["source"] == "this run"]
+    assert "upsample" not in set(ours["variant"])
+    assert {"npa", "scalediff", TRUE} <= set(ours["variant"])
+
+
+def test_written_tables_hold_every_row_unrounded(run, tmp_path):
+    tidy = run.scores("main")
+    text = tables.write(tmp_path, "variants", tidy, tables.scores(tidy))
+    again = pd.read_csv(tmp_path / "tables" / "variants.csv", keep_default_na=False)
+    assert again["value"].tolist() == tidy["value"].tolist()
+    assert text == (tmp_path / "tables" / "variants.md").read_text()
+    assert text.count("\n") == 2 + 2 * (1 + len(results_tree.VARIANTS))
+
+
+def test_every_variant_has_a_look_of_its_own():
+    names = [TRUE, *VARIANTS, "scale-dit", "hybrid"]
+    assert len({figures.colour(name) for name in names}) == len(names)
+    assert figures.colour("my-variant") == figures.colour("my-variant")
+
+
+def test_score_points_draw_each_variant(run, tmp_path):
+    rows = where(run.scores("main"), backbone="tiny-flux")
+    pixels = drawn(figures.score_points(rows), tmp_path)
+    for variant in results_tree.VARIANTS:
+        assert has_colour(pixels, figures.colour(variant))
+    fewer = where(rows, variant=["upsample", "npa"])
+    fewer = fewer[~((fewer["variant"] == "npa") & (fewer["metric"] == "clip"))]
+    pixels = drawn(figures.score_points(fewer), tmp_path)
+    assert has_colour(pixels, figures.colour("npa"))
+    assert not has_colour(pixels, figures.colour("scalediff"))
+
+
+def test_same_figure_same_bytes(run, tmp_path):
+    rows = where(run.scores("main"), backbone="tiny-flux", metric=["clip", "fid"])
+    for name in ("a", "b"):
+        figures.save(figures.score_points(rows), tmp_path, name)
+    for kind in ("png", "pdf"):
+        assert (tmp_path / "figures" / f"a.{kind}").read_bytes() == (tmp_path / "figures" / f"b.{kind}").read_bytes()
+
+
+def test_paired_and_sweep_figures(run, tmp_path):
+    paired = where(tables.contrasts(run.paired), backbone="tiny-flux")
+    assert has_colour(drawn(figures.paired_differences(paired), tmp_path), figures.colour("scalediff"))
+    rows = run.scores("tau")
+    rows = rows.assign(tau=rows["setting"].str[4:].astype(float))
+    figure = figures.sweep(rows, "tau", ["count", "absent", "repetition"], "τ")
+    panels = [axis for axis in figure.axes if axis.lines]
+    assert len(panels) == 4
+    assert panels[0].lines[1].get_xdata().tolist() == [300, 500]
+    pixels = drawn(figure, tmp_path)
+    assert has_colour(pixels, figures.colour("npa"))
+    assert has_colour(pixels, figures.colour("scalediff"))
+
+
+def test_comparison_shows_images_and_crops(tmp_path):
+    red = Image.new("RGB", (64, 64), (200, 30, 30))
+    busy = red.copy()
+    checks = np.indices((16, 16)).sum(0) % 2 * 255
+    busy.paste(Image.fromarray(np.uint8(checks)).convert("RGB"), (40, 8))
+    assert figures.busiest(busy) == (40, 8, 56, 24)
+    figure = figures.comparison([("a caption", {"npa": red, "scalediff": busy})], ["upsample", "npa", "scalediff"])
+    assert len(figure.axes) == 4  # the missing image leaves its place empty
+    crop = figure.axes[3].images[0].get_array()
+    assert np.array_equal(crop[..., 0], checks)
+    assert has_colour(drawn(figure, tmp_path), (200 / 255, 30 / 255, 30 / 255))
+
+
+def test_radial_power_finds_a_wave():
+    x = np.arange(256)
+    wave = np.tile(127.5 + 100 * np.cos(2 * np.pi * x / 16), (256, 1))
+    frequency, power = figures.radial_power(Image.fromarray(wave.round().astype(np.uint8)))
+    assert frequency[power.argmax()] == pytest.approx(1 / 16, rel=0.06)
+    assert frequency[-1] < 0.5
+
+
+def test_white_noise_has_a_flat_spectrum_of_its_variance():
+    noise = np.random.default_rng(0).normal(0, 3, (256, 256))
+    _, power = figures.ring_power(noise)
+    assert power[-10:] == pytest.approx(9, rel=0.2)
+    assert power[-10:].mean() == pytest.approx(9, rel=0.03)
+
+
+def test_spectra_are_kept_for_when_the_images_are_gone(run, tmp_path):
+    place = {"study": "main", "height": 64, "width": 64}
+    into = Results(run.path, tmp_path)
+    curves = figures.radial_spectra(into, "spectra", **place)
+    assert set(curves["variant"]) == {TRUE, *results_tree.VARIANTS}
+    assert (curves["low"] <= curves["power"]).all()
+    assert drawn(figures.spectra(curves), tmp_path).size
+    (tmp_path / "metrics.parquet").write_bytes((run.path / "metrics.parquet").read_bytes())
+    without = Results.open(tmp_path)
+    pd.testing.assert_frame_equal(
+        figures.radial_spectra(without, "spectra", **place), curves.reset_index(drop=True), check_dtype=False
+    )
+    assert figures.radial_spectra(without, "other", **place).empty
+
+
+def test_patches_tile_the_grid_and_cost_is_the_formula():
+    boxes = figures.npa_patches((16, 24), 8)
+    covered = np.zeros((16, 24), int)
+    for (top, left, height, width), (y, x, side, _) in boxes:
+        covered[top : top + height, left : left + width] += 1
+        assert 0 <= y <= top
+        assert 0 <= x <= left
+        assert y + side <= 16
+        assert x + side <= 24
+    assert (covered == 1).all()
+    assert [figures.counted_cost(s, 8) for s in (1, 2, 4)] == [1, 4, 16]
+
+
+def test_method_figures(tmp_path):
+    assert has_colour(drawn(figures.attention_windows((16, 16), 8, [0, 5]), tmp_path), "#332288")
+    assert has_colour(drawn(figures.cost([1, 2, 4], 8), tmp_path), "#cc6677")
+    weights = pd.DataFrame({"family": "flux", "form": "sigma", "step": range(4), "weight": [0.8, 0.6, 0.3, 0.1]})
+    assert has_colour(drawn(figures.guidance_weight(weights), tmp_path), "#332288")

@@ -1,0 +1,115 @@
+"""Notebooks: clean as they are stored, and they run from a results folder to its tables and figures."""
+
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+import results_tree
+
+from hires.config import load_config
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return results_tree.build(
+        tmp_path_factory.mktemp("results"), sizes=((64, 2),), variants=("upsample", "npa", "scalediff")
+    )
+
+
+def execute(name, folder, monkeypatch, cwd=ROOT, **parameters):
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    target = folder / f"{name}.ipynb"
+    papermill.execute_notebook(
+        ROOT / "notebooks" / f"{name}.ipynb",
+        target,
+        parameters,
+        kernel_name="python3",
+        cwd=cwd,
+        progress_bar=False,
+    )
+    return nbformat.read(target, as_version=4)
+
+
+def test_notebooks_are_there():
+    names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated"]
+    assert [path.stem for path in NOTEBOOKS] == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.cells[0].cell_type == "markdown"
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "smoke.yaml"])
+def test_configurations_name_parameters_that_exist(name):
+    for notebook, parameters in load_config(ROOT / "config" / name).notebooks.items():
+        cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+        source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        namespace = {}
+        exec(source, namespace)
+        assert {"results", "output", *parameters} <= set(namespace)
+
+
+def test_ablation_runs(results, tmp_path, monkeypatch):
+    execute("02_ablation", tmp_path, monkeypatch, results=str(results), output=str(tmp_path), prompts=1)
+    stored = pd.read_parquet(results / "metrics.parquet")
+    written = pd.read_csv(tmp_path / "tables" / "components.csv")
+    ours = stored[(stored["study"] == "main") & stored["variant"].isin(["npa", "scalediff"])]
+    assert written.loc[written["variant"] != "true image", "value"].tolist() == ours["value"].tolist()
+    tables = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert {"components.md", "variants.md", "paired.md", "published.md", "spectra-64x64.csv"} <= tables
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    for name in ("scores-tiny-flux-64x64", "paired-tiny-sdxl-64x64", "images-tiny-flux-64x64", "spectra-64x64"):
+        assert {f"{name}.png", f"{name}.pdf"} <= figures
+
+
+def test_tau_runs_from_the_notebooks_folder_and_without_images(results, tmp_path, monkeypatch):
+    (tmp_path / "metrics.parquet").write_bytes((results / "metrics.parquet").read_bytes())
+    execute("03_tau", tmp_path, monkeypatch, cwd=ROOT / "notebooks", results=str(tmp_path))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"tau-scores.png", "tau-scores.pdf"}
+    text = (tmp_path / "tables" / "tau.md").read_text()
+    assert "| tiny-flux | 64x64 | 300 | scalediff |" in text
+
+
+def test_illustrations_and_exploration_run(results, tmp_path, monkeypatch):
+    execute(
+        "04_methods_illustrated",
+        tmp_path,
+        monkeypatch,
+        results=str(results),
+        output=str(tmp_path),
+        weights="random",
+        backbones=["tiny-flux"],
+    )
+    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"npa-windows", "cost", "sg-weight", "lfm-spectra", "sg-residual"}
+    done = execute(
+        "01_explore",
+        tmp_path,
+        monkeypatch,
+        weights="random",
+        backbone="tiny-sdxl",
+        height=256,
+        width=256,
+        steps=2,
+        variants=["upsample", "npa"],
+        taus=[500],
+    )
+    pictures = [
+        output for cell in done.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 3
