@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ from hires.scenes import COLOURS, scene
 from hires.storage import replacing
 
 VERSION = 1
-BATCH = 64  # images in one call of a network
+CHUNK = 8  # images that one thread reads and embeds at a time
 CROP_TENSORS = ("crop_features", "crop_logits")
 
 
@@ -94,7 +95,7 @@ def extract(
         prompts: n prompts.
         crops: None leaves the patch scores out. HiresError unless their size is the network's input.
         scenes: n scene ids where the prompts are scenes; the images are then parsed.
-        threads: readers. The result does not depend on it.
+        threads: that read images and run the networks. The result does not depend on it.
     """
     if crops and crops.size != network.crop:
         raise HiresError(
@@ -102,14 +103,20 @@ def extract(
         )
     box = (crops.size, crops.per_image, crops.seed) if crops else None
     reader = Reader((network.view, clip.view), box, scenes is not None)
-    parts: dict[str, list[Tensor]] = {}
-    files: list[dict[str, Any]] = []
-    for batch in reader.batches(sources, threads):
-        torch.set_num_threads(threads)  # a reading thread's setting reaches some libraries of this one
-        for name, values in _of(batch, network, clip).items():
-            parts.setdefault(name, []).append(values.cpu())
-        files += [{"sha256": pixels.sha256, "boxes": pixels.boxes} for pixels in batch]
-    tensors = {name: torch.cat(values) for name, values in parts.items()}
+
+    @torch.inference_mode()
+    def embed(chunk: Sequence[Source]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        read = [reader(source) for source in chunk]
+        return _embed(read, network, clip), [{"sha256": pixels.sha256, "boxes": pixels.boxes} for pixels in read]
+
+    chunks = [sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK)]
+    before = torch.get_num_threads()
+    # One thread of torch's own in each of ours: its teams of threads get into each other's way.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts, lists = zip(*pool.map(embed, chunks))
+    torch.set_num_threads(before)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    files = [file for part in lists for file in part]
     different = sorted(set(prompts))
     text, cut = (values.cpu() for values in clip.text(different))
     rows = torch.tensor([different.index(prompt) for prompt in prompts])
@@ -131,26 +138,21 @@ def extract(
     return Features([s.id for s in sources], [s.seed for s in sources], tensors, metadata)
 
 
-def _of(batch: list[Pixels], network: FeatureNetwork, clip: Clip) -> dict[str, Tensor]:
-    views = [[pixels.views[k] for pixels in batch] for k in range(2)]
-    whole = views[0]
-    if network.view.size is None:  # of any size: one by one
-        outputs = [network(image[None]) for image in whole]
-    else:
-        outputs = [network(torch.stack(whole[k : k + BATCH])) for k in range(0, len(whole), BATCH)]
+def _embed(read: Sequence[Pixels], network: FeatureNetwork, clip: Clip) -> dict[str, Tensor]:
+    whole, pairs = ([pixels.views[k] for pixels in read] for k in range(2))
+    alone = network.view.size is None  # images of any size, one by one
+    outputs = [network(image[None]) for image in whole] if alone else [network(torch.stack(whole))]
     values = {
         "features": torch.cat([features for features, _ in outputs]),
         "logits": torch.cat([logits for _, logits in outputs]),
-        "clip_image": clip.image(torch.stack(views[1])),
-        "bands": torch.tensor([pixels.bands.tolist() for pixels in batch], dtype=torch.float64),
-        "objects": torch.tensor([pixels.objects for pixels in batch]),
+        "clip_image": clip.image(torch.stack(pairs)),
+        "bands": torch.tensor([pixels.bands.tolist() for pixels in read], dtype=torch.float64),
+        "objects": torch.tensor([pixels.objects for pixels in read]),
     }
-    if batch[0].crops is not None:
-        crops = torch.cat([pixels.crops for pixels in batch if pixels.crops is not None])
-        outputs = [network(part) for part in crops.split(BATCH)]
-        values["crop_features"] = torch.cat([features for features, _ in outputs])
-        values["crop_logits"] = torch.cat([logits for _, logits in outputs])
-    return values
+    crops = [pixels.crops for pixels in read if pixels.crops is not None]
+    if crops:
+        values["crop_features"], values["crop_logits"] = network(torch.cat(crops))
+    return {name: value.cpu() for name, value in values.items()}
 
 
 def _objects(scene_id: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +17,6 @@ from hires.errors import HiresError
 from hires.scenes import COLOURS, parse
 
 BANDS = {"low": (1 / 8, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 1.0)}  # fractions of the Nyquist frequency
-READ_AHEAD = 32  # images in memory at once
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads images in threads: decoding, resizing and transforms leave the interpreter free."""
+    """Reads images for networks with these views; parses them where they are scenes."""
 
     views: tuple[View, ...]
     crop: tuple[int, int, int] | None  # size, crops per image, seed
@@ -124,12 +121,6 @@ class Reader:
         found = parse(pixels).colours if self.scenes else {}
         views = [view(pixels) for view in self.views]
         return Pixels(digest, views, boxes, crops, band_powers(pixels), [found.get(name, 0) for name in COLOURS])
-
-    def batches(self, sources: Sequence[Source], threads: int) -> Iterator[list[Pixels]]:
-        """Lists of at most READ_AHEAD images, in order."""
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for start in range(0, len(sources), READ_AHEAD):
-                yield list(pool.map(self, sources[start : start + READ_AHEAD]))
 
 
 def _decode(source: Source) -> tuple[Tensor, str]:
