@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hires.errors import HiresError, unknown
 
-TARGETS = ("tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip", "evaluate")
+TARGETS = ("pool", "tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip", "evaluate")
+VIEWS = 262_144
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after this long")
     parser.add_argument("--batch", type=int, help="views a step (default: the recipe's)")
-    parser.add_argument("--pool", type=int, help="rendered views to draw from (default: the recipe's)")
+    parser.add_argument("--views", type=int, default=VIEWS, help="rendered views to draw from")
+    parser.add_argument("--pool", type=Path, help="folder of views rendered by `hires train pool` (default: render)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare scenes")
@@ -49,8 +51,19 @@ def run(args: argparse.Namespace) -> None:
         evaluate(args.model_folder, device=device, prompts=args.prompts, guidance=args.guidance, out=args.out)
         return
     out = args.out or Path("results/train") / args.model
-    options = {k: v for k in ("steps", "batch", "pool", "lr") if (v := getattr(args, k)) is not None}
-    options |= {"seconds": args.seconds, "seed": args.seed, "workers": args.workers, "device": device}
+    from hires.models import BASE_RESOLUTION
+    from hires.training.data import Pool, render_pool
+
+    def pool() -> Pool:
+        if args.pool is not None:
+            return Pool.load(args.pool, args.views, device)
+        return render_pool(args.views, BASE_RESOLUTION, args.seed, args.workers, device)
+
+    if args.model == "pool":
+        pool().save(out)
+        return
+    options = {k: v for k in ("steps", "batch", "lr") if (v := getattr(args, k)) is not None}
+    options |= {"seconds": args.seconds, "seed": args.seed, "device": device}
     if args.resume is not None:
         if not args.resume.is_dir():
             raise HiresError(f"--resume {args.resume}: no such folder; give one that `hires train` wrote")
@@ -58,14 +71,14 @@ def run(args: argparse.Namespace) -> None:
     if args.model == "tiny-vae":
         from hires.training import vae
 
-        vae.train(out, **options)
+        vae.train(out, pool(), **options)
     elif args.model == "tiny-clip":
         from hires.training import clip
 
-        clip.train(out, **options)
+        clip.train(out, pool(), **options)
     else:
         from hires.training import diffusion
 
         if not (args.vae / "config.json").is_file():
             raise HiresError(f"--vae {args.vae}: no tiny-vae there; make one with `hires train tiny-vae`")
-        diffusion.train(args.model, out, vae=args.vae, distil_seconds=args.distil_seconds, **options)
+        diffusion.train(args.model, out, pool(), vae=args.vae, distil_seconds=args.distil_seconds, **options)

@@ -48,6 +48,7 @@ HINTS: dict[str, dict[str, Any]] = {
             "num_inference_steps": 28,
             "guidance_scale": 2.0,
             "max_sequence_length": TEXT_TOKENS,
+            "vae_tiling": False,
             "tau": 340,
             "lfm_factor": 0.25,
             "sg_factor": 0.25,
@@ -60,6 +61,7 @@ HINTS: dict[str, dict[str, Any]] = {
         "sampling": {
             "num_inference_steps": 28,
             "guidance_scale": 4.0,
+            "vae_tiling": False,
             "tau": 340,
             "lfm_factor": 0.25,
             "sg_factor": 0.25,

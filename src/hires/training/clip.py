@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hires.models import DEGRADED, build_clip
-from hires.training.data import batches
+from hires.training.data import Pool, normalised
 from hires.training.loop import fit, write_log
 
 
@@ -25,27 +25,20 @@ def degrade(x: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
 
 def train(
     out: Path,
+    pool: Pool,
     *,
     device: torch.device,
     steps: int = 12_000,
     seconds: float = float("inf"),
     batch: int = 768,
-    pool: int = 131_072,
     lr: float = 1e-3,
     seed: int = 0,
-    workers: int = 8,
 ) -> None:
-    """Train tiny-clip on `pool` rendered views and save model and tokenizer to `out`."""
+    """Train tiny-clip on a pool and save model and tokenizer to `out`."""
     torch.manual_seed(seed)
     model, tokenizer = build_clip(seed)
     model = model.to(device).train()
-    size = model.config.vision_config.image_size
-    chunk = min(512, pool)
-    images, texts = [], []
-    for views in batches(pool // chunk, chunk, seed + 2, workers, whole=0.6, close_up=0.25, careless=0.0):
-        images.append(((views.render(size, device) + 1) * 127.5).round().to(torch.uint8))
-        texts += views.captions
-    pixels = torch.cat(images)
+    pixels, texts = pool.images, pool.captions
 
     def tokens(prefix: str) -> Tensor:
         return tokenizer(
@@ -54,7 +47,6 @@ def train(
         ).input_ids.to(device)  # fmt: skip
 
     ids = torch.stack([tokens(""), *(tokens(f"{word} ") for word in DEGRADED)])
-    print(f"tiny-clip: {len(pixels)} views", flush=True)
     generator = torch.Generator(device).manual_seed(seed)
     forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
 
@@ -62,7 +54,7 @@ def train(
         index = torch.randint(len(pixels), (batch,), device=device, generator=generator)
         draw = torch.rand(batch, 2, device=device, generator=generator)
         kind = (draw[:, 0] < 0.3).int() + (draw[:, 0] < 0.15).int()
-        x = degrade(pixels[index].float() / 127.5 - 1, kind, draw[:, 1])
+        x = degrade(normalised(pixels[index]), kind, draw[:, 1])
         words = ids[kind, index]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = forward(input_ids=words, pixel_values=x)
@@ -77,4 +69,4 @@ def train(
     log = fit(loss, [model], steps=steps, seconds=seconds, lr=lr, decay_from=0.3, weight_decay=0.1, name="tiny-clip")
     model.eval().half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_log(out, {"batch": batch, "pool": pool, "lr": lr, "seed": seed}, log)
+    write_log(out, {"batch": batch, "pool": len(pixels), "lr": lr, "seed": seed}, log)

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hires.errors import HiresError
 from hires.scenes import WHOLE, Camera, Scene, caption, random_camera, render, scene, split
 
 
@@ -64,23 +68,66 @@ def batches(count: int, size: int, seed: int, workers: int, **shares: float) -> 
     return iter(loader)
 
 
-@torch.no_grad()
-def encoded_views(vae, count: int, seed: int, workers: int, device: torch.device, chunk: int = 512):
-    """Latents of `count` views for the diffusion models: (mean, logvar) in fp16 on `device`, and the views' texts.
+@dataclass(frozen=True)
+class Pool:
+    """Rendered views that all models train on.
 
-    Returns:
-        moments (count, 2·channels, h, w) fp16, captions, and SDXL's (count, 4) original size and crop in pixels:
-        a view at zoom z is a crop of the scene at z times the base size.
+    Attributes:
+        images: (n, 3, h, w) uint8.
+        captions: n texts.
+        crops: (n, 4) original height and width, top and left in pixels, as SDXL's size conditioning has them: a view
+            at zoom z is a crop of the scene at z times the size of the view.
     """
-    size = vae.config.sample_size
-    moments, captions, crops = [], [], []
+
+    images: Tensor
+    captions: list[str]
+    crops: Tensor
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"images": self.images.cpu(), "crops": self.crops.cpu()}, folder / "pool.safetensors")
+        (folder / "captions.txt").write_text("\n".join(self.captions) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, count: int, device: torch.device) -> "Pool":
+        """The first `count` views of a saved pool; HiresError where it holds fewer."""
+        path = folder / "pool.safetensors"
+        if not path.is_file():
+            raise HiresError(f"--pool {folder}: no pool there; write one with `hires train pool --out {folder}`")
+        with safe_open(path, "pt") as file:
+            images, crops = file.get_slice("images"), file.get_slice("crops")
+            if images.get_shape()[0] < count:
+                raise HiresError(f"--pool {folder} holds {images.get_shape()[0]} views, fewer than {count}")
+            captions = (folder / "captions.txt").read_text().split("\n")[:count]
+            return cls(images[:count].to(device), captions, crops[:count].to(device))
+
+
+@torch.no_grad()
+def render_pool(count: int, size: int, seed: int, workers: int, device: torch.device, chunk: int = 1024) -> Pool:
+    """Render `count` views (a multiple of `chunk`, or fewer) of `size`² pixels on `device`."""
+    chunk = min(chunk, count)
+    images, captions, crops = [], [], []
     for views in batches(count // chunk, chunk, seed, workers):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            posterior = vae.encode(views.render(size, device)).latent_dist
-        moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+        images.append(((views.render(size, device) + 1) * 127.5).round().to(torch.uint8))
         captions += views.captions
         for camera in views.cameras:
             full = size * camera.zoom
             corner = [full * (centre - 0.5 / camera.zoom) for centre in (camera.y, camera.x)]
             crops.append([full, full, *corner])
-    return torch.cat(moments), captions, torch.tensor(crops).round().to(device)
+    return Pool(torch.cat(images), captions, torch.tensor(crops).round().to(device))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1] in float32."""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_pool(vae, pool: Pool, chunk: int = 512) -> Tensor:
+    """(mean, logvar) of the latents of a pool: (n, 2·channels, h, w) in fp16."""
+    moments = []
+    for images in pool.images.split(chunk):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            posterior = vae.encode(normalised(images)).latent_dist
+        moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half())
+    return torch.cat(moments)

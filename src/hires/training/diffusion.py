@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from hires.models import BASE_RESOLUTION, HINTS, build_pipeline
-from hires.training.data import encoded_views
+from hires.training.data import Pool, encode_pool
 from hires.training.loop import fit, frozen, write_log
 
 DROP = 0.1  # share of training captions left out, for classifier-free guidance
@@ -160,6 +160,7 @@ def save(name: str, pipe: DiffusionPipeline, out: Path) -> None:
 def train(
     name: str,
     out: Path,
+    pool: Pool,
     *,
     vae: Path,
     device: torch.device,
@@ -169,13 +170,11 @@ def train(
     distil_steps: int = 1_500,
     distil_seconds: float = float("inf"),
     batch: int = 512,
-    pool: int = 262_144,
     lr: float = 1e-3,
     ema: float = 0.9995,
     seed: int = 0,
-    workers: int = 8,
 ) -> None:
-    """Train `name` ("tiny-flux" or "tiny-sdxl") on latents of `pool` views and save its pipeline folder to `out`.
+    """Train `name` ("tiny-flux" or "tiny-sdxl") on the latents of a pool and save its pipeline folder to `out`.
 
     Args:
         vae: folder of tiny-vae.
@@ -188,10 +187,10 @@ def train(
     for part in ("transformer", "unet", "text_encoder", "text_encoder_2"):
         if part in pipe.components:
             pipe.components[part].float().requires_grad_(True).to(device)
-    moments, captions, crops = encoded_views(pipe.vae, pool, seed + 10, workers, device)
+    moments, captions = encode_pool(pipe.vae, pool), pool.captions
     print(f"{name}: {len(captions)} views encoded", flush=True)
     generator = torch.Generator(device).manual_seed(seed)
-    recipe = {"batch": batch, "pool": pool, "lr": lr, "ema": ema, "seed": seed, "resumed": resume is not None}
+    recipe = {"batch": batch, "pool": len(captions), "lr": lr, "ema": ema, "seed": seed, "resumed": resume is not None}
     if name == "tiny-flux":
         model, matching, distillation = _flux_losses(pipe, moments, captions, batch, device, generator)
         log = fit(matching, [model], steps=steps, seconds=seconds, lr=lr, ema=ema, name=name)
@@ -201,7 +200,7 @@ def train(
         )  # fmt: skip
         log += [{**row, "phase": 1} for row in more]
     else:
-        model, loss = _sdxl_loss(pipe, moments, captions, crops, batch, device, generator)
+        model, loss = _sdxl_loss(pipe, moments, captions, pool.crops, batch, device, generator)
         log = fit(loss, [model], steps=steps, seconds=seconds, lr=lr, ema=ema, name=name)
     model.eval().requires_grad_(False)
     save(name, pipe, out)

@@ -60,8 +60,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     average = EMA(modules, ema)
     log: list[dict[str, float]] = []
-    start, total, step = time.monotonic(), torch.zeros((), device=parameters[0].device), 0
-    progress = 0.0
+    total, step, progress = torch.zeros((), device=parameters[0].device), 0, 0.0
     while progress < 1:
         rate = lr * min(1.0, (step + 1) / warmup, (1 - progress) / (1 - decay_from))
         for group in optimizer.param_groups:
@@ -74,6 +73,9 @@ def fit(
         average.update()
         total += value.detach()
         step += 1
+        if step == 1:
+            value.item()  # wait: the first step compiles
+            start = time.monotonic()
         elapsed = time.monotonic() - start
         progress = max(step / steps, elapsed / seconds)
         if step % log_every == 0 or progress >= 1:

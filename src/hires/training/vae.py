@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from hires.models import build_vae
-from hires.training.data import batches
+from hires.training.data import Pool, normalised
 from hires.training.loop import fit, write_log
 
 
@@ -45,37 +45,27 @@ def reconstruction_loss(output: Tensor, target: Tensor, energy: float = 1.0) -> 
 
 def train(
     out: Path,
+    pool: Pool,
     *,
     device: torch.device,
+    resume: Path | None = None,
     steps: int = 40_000,
     seconds: float = float("inf"),
     batch: int = 64,
-    pool: int = 40_960,
     lr: float = 1e-3,
     seed: int = 0,
-    workers: int = 8,
 ) -> AutoencoderKL:
-    """Train tiny-vae on `pool` rendered views and save it to `out`; scaling_factor is 1 / std of the latents."""
+    """Train tiny-vae on a pool and save it to `out`; scaling_factor is 1 / std of the latents."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
-    vae = build_vae().to(device, memory_format=torch.channels_last).train()
-    size = vae.config.sample_size
-    chunk = min(512, pool)
-    images = torch.cat(
-        [
-            ((v.render(size, device) + 1) * 127.5).round().to(torch.uint8)
-            for v in batches(pool // chunk, chunk, seed + 1, workers, whole=0.35, close_up=0.35)
-        ]
-    )
-    print(f"tiny-vae: {len(images)} views", flush=True)
+    vae = AutoencoderKL.from_pretrained(resume) if resume else build_vae()
+    vae = vae.to(device, memory_format=torch.channels_last).train()
+    images = pool.images
     generator = torch.Generator(device).manual_seed(seed)
-    if device.type == "cuda":
-        vae.encoder.compile()
-        vae.decoder.compile()
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(images), (batch,), device=device, generator=generator)
-        x = (images[index].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        x = normalised(images[index]).contiguous(memory_format=torch.channels_last)
         soft = batch // 6  # the cascade encodes upsampled, hence blurred, images
         blurred = F.interpolate(F.avg_pool2d(x[:soft], 2), scale_factor=2, mode="bicubic", align_corners=False)
         x = torch.cat([blurred.clamp(-1, 1), x[soft:]])
@@ -93,7 +83,7 @@ def train(
     log = fit(loss, [vae], steps=steps, seconds=seconds, lr=lr, decay_from=0.3, weight_decay=0.0, name="tiny-vae")
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        sample = (images[:2048].float() / 127.5 - 1).split(256)
+        sample = normalised(images[:2048]).split(256)
         latents = torch.cat([vae.encode(x).latent_dist.mean for x in sample])
         error = torch.cat([(vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x) for x in sample])
     scale = 1 / latents.std().item()
@@ -101,6 +91,6 @@ def train(
     psnr = -10 * torch.log10((error / 2).square().mean()).item()
     print(f"tiny-vae: PSNR {psnr:.2f} dB, scaling factor {scale:.4f}", flush=True)
     vae.to(memory_format=torch.contiguous_format).half().save_pretrained(out)
-    recipe = {"batch": batch, "pool": pool, "lr": lr, "seed": seed, "psnr": psnr}
+    recipe = {"batch": batch, "pool": len(images), "lr": lr, "seed": seed, "psnr": psnr}
     write_log(out, recipe, log)
     return vae.float()
