@@ -96,10 +96,10 @@ def test_flux_base_follows_the_shift_of_the_scheduler(dynamic):
 def test_sdxl_base_is_the_stock_pipeline(sdxl, name, prediction):
     sdxl.pipe.scheduler = scheduler(name, prediction_type=prediction)
     stock = sdxl.pipe(
-        PROMPTS, height=96, width=160, num_inference_steps=4, guidance_scale=5.0, generator=generators(3, 4),
+        PROMPTS, height=96, width=96, num_inference_steps=3, guidance_scale=5.0, generator=generators(3, 4),
         output_type="latent",
     ).images  # fmt: skip
-    ours = base_latents(sdxl, PROMPTS, [3, 4], 96, 160, Sampling(num_inference_steps=4, guidance_scale=5.0))
+    ours = base_latents(sdxl, PROMPTS, [3, 4], 96, 96, Sampling(num_inference_steps=3, guidance_scale=5.0))
     assert torch.equal(ours, stock)
 
 
@@ -298,6 +298,8 @@ def test_vae_runs_in_float32_under_float16_and_goes_back(sdxl):
 
 def test_vae_tiles_above_four_times_the_base_area_or_as_asked(sdxl):
     calls = []
+    sdxl.defaults = Sampling()
+    sdxl.pipe.vae.tile_sample_min_size, sdxl.pipe.vae.tile_latent_min_size = 128, 16
     sdxl.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape[2:])))
 
     def tiles(side, tiling=None):
@@ -307,6 +309,9 @@ def test_vae_tiles_above_four_times_the_base_area_or_as_asked(sdxl):
 
     assert tiles(32) == 1 and tiles(36) > 1
     assert tiles(32, True) > 1 and tiles(36, False) == 1
+    sdxl.defaults = Sampling(vae_tiling=False)
+    assert tiles(36) == 1 and tiles(36, True) > 1
+    sdxl.defaults = Sampling()
     assert not sdxl.pipe.vae.use_tiling
     sdxl.pipe.vae.enable_tiling()
     assert tiles(32) > 1 and sdxl.pipe.vae.use_tiling

@@ -1,0 +1,128 @@
+"""`hires.generate` and `hires generate`."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hires
+from hires.cli import main
+from hires.errors import HiresError
+from hires.variants import VARIANTS, Variant
+
+FAST = {"num_inference_steps": 2, "tau": 500}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return hires.load("tiny-flux", device="cpu", weights="random")
+
+
+def cli(*args):
+    return main(["generate", "--weights", "random", "--device", "cpu", "--prompt", "two red cubes",
+                 *(f"--set={name}={value}" for name, value in FAST.items()), *map(str, args)])  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_makes_an_image(backbone, variant):
+    (image,) = hires.generate(backbone, "two red cubes", variant, height=256, width=192, **FAST)
+    assert image.size == (192, 256) and image.mode == "RGB"
+
+
+def test_several_prompts_are_as_alone(backbone):
+    both = hires.generate(backbone, ["a cone", "a ball"], height=192, width=192, seed=[3, 4], **FAST)
+    (alone,) = hires.generate(backbone, "a ball", height=192, width=192, seed=4, **FAST)
+    difference = np.abs(np.array(both[1], dtype=int) - np.array(alone, dtype=int))
+    assert difference.max() <= 1
+    same = hires.generate(backbone, ["a ball", "a ball"], height=192, width=192, seed=4, **FAST)
+    assert np.abs(np.array(same[0], dtype=int) - np.array(same[1], dtype=int)).max() <= 1
+
+
+def test_own_variant_and_settings(backbone):
+    own = Variant(attention="npa", stages="single")
+    one, two = (
+        hires.generate(backbone, "a cone", own, height=192, width=192, text_rows=rows, **FAST)[0]
+        for rows in ("patch", "global")
+    )
+    assert np.any(np.array(one) != np.array(two))
+
+
+def test_own_image(backbone):
+    image = Image.fromarray(np.full((96, 160, 3), 90, np.uint8))
+    made = hires.generate(backbone, "a cone", height=192, width=320, image=image, strength=0.5, **FAST)
+    assert made[0].size == (320, 192)
+    with pytest.raises(HiresError, match="aspect ratios must agree"):
+        hires.generate(backbone, "a cone", height=192, width=192, image=image, **FAST)
+    with pytest.raises(HiresError, match="takes no image"):
+        hires.generate(backbone, "a cone", "direct", height=192, width=320, image=image, **FAST)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variant": "scalediv"}, "did you mean 'scalediff'"),
+        ({"tua": 3}, "did you mean 'tau'"),
+        ({"tau": 2000}, "tau = 2000"),
+        ({"height": 200}, "nearest allowed sizes"),
+        ({"prompt": []}, "no prompt"),
+        ({"seed": [1, 2]}, "give one seed per prompt"),
+    ],
+)
+def test_bad_input_is_one_line(backbone, options, message):
+    with pytest.raises(HiresError, match=message) as error:
+        hires.generate(backbone, **{"prompt": "a cone", "height": 192, "width": 192, **FAST, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys):
+    out = tmp_path / "cubes.png"
+    assert cli("--size", "256x192", "--seed", 7, "--variant", "npa", "--out", out) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n" and captured.err == ""
+    image = Image.open(out)
+    assert image.size == (192, 256)
+    record = json.loads(image.text["parameters"])
+    assert {name: record[name] for name in ("model", "revision", "prompt", "seed", "variant", "height", "width")} == {
+        "model": "tiny-flux", "revision": "random", "prompt": "two red cubes", "seed": 7, "variant": "npa",
+        "height": 256, "width": 192,
+    }  # fmt: skip
+    assert record["sampling"]["tau"] == 500 and record["sampling"]["guidance_scale"] == 2.0
+    assert record["versions"]["hires"] == hires.__version__
+    # The record is enough to make the image again.
+    backbone = hires.load(record["model"], device="cpu", weights="random")
+    settings = {name: value for name, value in record["sampling"].items() if value is not None}
+    again = hires.generate(backbone, record["prompt"], Variant(**record["variant_fields"]), height=record["height"],
+                           width=record["width"], seed=record["seed"], **settings)  # fmt: skip
+    assert np.array_equal(np.array(again[0]), np.array(image))
+
+
+def test_command_writes_all_stages_of_my_image(tmp_path):
+    mine = tmp_path / "mine.jpg"
+    Image.fromarray(np.full((200, 200, 3), 90, np.uint8)).save(mine)
+    out = tmp_path / "out.png"
+    assert cli("--size", 384, "--image", mine, "--strength", 0.5, "--all-stages", "--out", out) == 0
+    sizes = {path.name: Image.open(path).size[0] for path in tmp_path.glob("*.png")}
+    assert sizes == {"out.png": 384, "out-base.png": 128, "out-stage-1.png": 256, "out-stage-2.png": 384}
+    assert np.array_equal(np.array(Image.open(out)), np.array(Image.open(tmp_path / "out-stage-2.png")))
+    assert json.loads(Image.open(out).text["parameters"])["strength"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "tiny-flix"], "did you mean 'tiny-flux'"),
+        (["--size", "5l2"], "HEIGHTxWIDTH"),
+        (["--size", "500"], "nearest allowed sizes"),
+        (["--variant", "npa+sq"], "did you mean 'npa+sg'"),
+        (["--set", "tau"], "NAME=VALUE"),
+        (["--set", "low_pass=foo"], "low_pass = 'foo'"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--out", "out.jpg"], "ends with .png"),
+        (["--out", "nowhere/out.png"], "does not exist"),
+    ],
+)
+def test_command_refuses_in_one_line(arguments, message, capsys):
+    assert cli(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
