@@ -187,24 +187,25 @@ def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> s
     return text
 
 
-def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> list[str]:
-    """Sentences on the largest size of every backbone, each read off the tables."""
-    sentences = []
+def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> dict[str, list[str]]:
+    """For the largest size of every backbone ("<backbone> at <H>x<W>") sentences read off the tables."""
+    found = {}
     for backbone in sorted(set(metrics["backbone"])):
         rows = where(metrics, backbone=backbone)
         height, width = sizes_of(rows)[-1]
         rows = where(rows, height=height, width=width)
-        place = f"{backbone} at {size_name(height, width)}"
         tests = contrasts(where(paired, backbone=backbone, height=height, width=width), [("scalediff", "npa")])
+        sentences = []
         for name in metrics_of(rows):
             if not metric(name).better or name in _COSTS:
                 continue
-            sentences += _best(rows[rows["metric"] == name], metric(name), place)
-            sentences += [_tested(test, metric(name), place) for test in where(tests, metric=name).itertuples()]
-    return sentences
+            sentences += _best(rows[rows["metric"] == name], metric(name))
+            sentences += [_tested(test, metric(name)) for test in where(tests, metric=name).itertuples()]
+        found[f"{backbone} at {size_name(height, width)}"] = sentences
+    return found
 
 
-def _best(rows: pd.DataFrame, shown: Metric, place: str) -> list[str]:
+def _best(rows: pd.DataFrame, shown: Metric) -> list[str]:
     truth = rows[rows["variant"] == TRUE]
     rows = rows[rows["variant"] != TRUE].sort_values("value", ascending=shown.better == "lower", kind="stable")
     if len(rows) < 2:
@@ -214,18 +215,18 @@ def _best(rows: pd.DataFrame, shown: Metric, place: str) -> list[str]:
     note = ", too few images for this score to be trusted" if best["flag"] else ""
     true = f"; true images have {_cell(truth.iloc[0], shown.scale)}" if len(truth) else ""
     return [
-        f"{place}: {best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']}{note}); "
+        f"{best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']}{note}); "
         f"next is {second['variant']} with {_cell(second, shown.scale)}{true}."
     ]
 
 
-def _tested(test: Any, shown: Metric, place: str) -> str:
+def _tested(test: Any, shown: Metric) -> str:
     text = interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
     if test.low <= 0 <= test.high:
         verdict = "no difference can be told"
     else:
         verdict = "better" if (test.difference < 0) == (shown.better == "lower") else "worse"
-    return f"{place}: {test.a} against {test.b} on the same {test.n} images, {shown.label} {text}: {verdict}."
+    return f"{test.a} against {test.b} on the same {test.n} images, {shown.label} {text}: {verdict}."
 
 
 def _groups(metrics: pd.DataFrame):

@@ -45,6 +45,7 @@ def comparison(
     size = (cell * len(columns), head + step * len(rows))
     with style():
         figure = plt.figure(figsize=size)
+        plt.close(figure)
         for column, name in enumerate(columns):
             x = (column + 0.5) * cell / size[0]
             figure.text(x, 1 - (head - 0.05) / size[1], _broken(label(name)), ha="center", va="bottom", fontsize=7)

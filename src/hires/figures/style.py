@@ -64,7 +64,11 @@ _RC: dict[Any, Any] = {
 
 def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
     """A figure as wide as a page and `height` inches high, and its (rows, columns) axes."""
-    return plt.subplots(rows, columns, figsize=(PAGE_WIDTH, height), squeeze=False, layout="constrained", **options)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(PAGE_WIDTH, height), squeeze=False, layout="constrained", **options
+    )
+    plt.close(figure)  # out of pyplot's register: a notebook shows it once, where it is asked to
+    return figure, axes
 
 
 @contextmanager
@@ -93,5 +97,4 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
     with style():
         figure.savefig(target / f"{name}.png", metadata={"Software": None})
         figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    plt.close(figure)
     return figure

@@ -82,10 +82,10 @@ def _studies(results: Results) -> list[str]:
     return list(dict.fromkeys(results.metrics["study"]))
 
 
-def _findings(results: Results, study: str) -> list[str]:
-    """Sentences on a study's default setting; none for a study without one."""
+def _findings(results: Results, study: str) -> dict[str, list[str]]:
+    """Sentences on a study's default setting, by model and size; none for a study without one."""
     scores = results.scores(study, setting="default")
-    return tables.findings(scores, where(results.paired, study=study, setting="default")) if len(scores) else []
+    return tables.findings(scores, where(results.paired, study=study, setting="default")) if len(scores) else {}
 
 
 def _facts(record: dict[str, Any]) -> dict[str, str]:
@@ -134,9 +134,11 @@ def _figures(folder: Path) -> list[dict[str, str]]:
 
 def _gallery(results: Results, lossless_prompts: int, budget: float) -> dict[str, Any]:
     """Prompts, and images with the place that each belongs to; as many whole prompts as the budget holds."""
-    images = results.images
+    order = {variant: i for i, variant in enumerate(tables.variants_of(results.images))}
+    images = results.images.assign(rank=results.images["variant"].map(order))
+    images = images.sort_values(["rank", "setting"], kind="stable")
     references = results.references
-    ids = list(dict.fromkeys(images["id"]))
+    ids = list(dict.fromkeys(results.images["id"]))
     entries: list[dict[str, Any]] = []
     prompts: list[str] = []
     used = 0

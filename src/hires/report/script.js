@@ -64,9 +64,8 @@ function draw() {
   const sides = viewer.classList.contains("sides");
   viewer.style.aspectRatio = `${element.naturalWidth * (sides ? 2 : 1)} / ${element.naturalHeight}`;
   const height = element.naturalHeight / element.naturalWidth;
-  view.zoom = Math.min(Math.max(view.zoom, 1), 40);
-  view.x = Math.min(0, Math.max(1 - view.zoom, view.x));
-  view.y = Math.min(0, Math.max(height * (1 - view.zoom), view.y));
+  view.x = inside(view.x, 1 - view.zoom);
+  view.y = inside(view.y, height * (1 - view.zoom));
   const scale = (view.zoom * width) / element.naturalWidth;
   for (const pane of panes) {
     const image = pane.firstElementChild;
@@ -77,9 +76,13 @@ function draw() {
   document.getElementById("zoom").textContent = `${Math.round(scale * devicePixelRatio * 100)}% of image pixels`;
 }
 
+// The pane stays covered; an image smaller than it lies in the middle.
+const inside = (offset, room) => (room > 0 ? room / 2 : Math.min(0, Math.max(room, offset)));
+const pixelZoom = () => panes[0].firstElementChild.naturalWidth / panes[0].clientWidth / devicePixelRatio;
+
 function zoomAt(factor, x = 0.5, y = 0.5) {
   const before = view.zoom;
-  view.zoom = Math.min(Math.max(before * factor, 1), 40);
+  view.zoom = Math.min(Math.max(before * factor, Math.min(1, pixelZoom())), 40);
   view.x = x - ((x - view.x) * view.zoom) / before;
   view.y = y - ((y - view.y) * view.zoom) / before;
   draw();
@@ -89,7 +92,7 @@ const actions = {
   in: () => zoomAt(1.5),
   out: () => zoomAt(1 / 1.5),
   reset: () => { Object.assign(view, { zoom: 1, x: 0, y: 0 }); draw(); },
-  pixels: () => zoomAt(panes[0].firstElementChild.naturalWidth / panes[0].clientWidth / devicePixelRatio / view.zoom),
+  pixels: () => zoomAt(pixelZoom() / view.zoom),
   swap: () => { [form.left.value, form.right.value] = [form.right.value, form.left.value]; refresh(); },
   mode: (button) => {
     button.setAttribute("aria-pressed", viewer.classList.toggle("sides"));
