@@ -1,7 +1,7 @@
 """`hires.generate`: images from prompts in one call, and the record that makes an image again."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def run(
     image: Image.Image | None = None,
     strength: float | None = None,
     callback: Callback | None = None,
-):
+) -> Iterator[Stage]:
     """The stages of `hires.cascade.cascade`, from a PIL image where one is given."""
     pixels = None
     if image is not None:

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hires.backbones.base import Backbone, read_hints
 from hires.backbones.presets import CONFIGS, PRESETS
@@ -84,10 +84,11 @@ def _folder(name: str) -> Path:
         raise unknown("model", name, PRESETS)
     try:
         return Path(DiffusionPipeline.download(source, use_safetensors=True))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise HiresError(
-            f"model {name!r}: no folder of this name, and the hub did not give {source}: {reason}"
+            f"model {name!r}: {source} is neither in the local cache nor did the hub give it "
+            f"({type(error.__cause__ or error).__name__}): check the name, the connection and, for a gated model, "
+            "the login (hf auth login); a local folder works too"
         ) from None
 
 
