@@ -164,9 +164,13 @@ def test_a_second_run_gives_the_same_bytes(config):
 def test_features_are_kept_while_they_fit(config):
     images = config.image_sets()[-1]
     path, manifest = layout.features(config, images), layout.image_shards(config, images)[0]
-    before, text = path.stat().st_mtime_ns, manifest.read_text()
+    before, text, stored = path.stat().st_mtime_ns, manifest.read_text(), path.read_bytes()
     features_stage.run(config, "few", "tiny-flux", 128, 192, device="cpu")
     assert path.stat().st_mtime_ns == before
+    manifest.write_text(text)
+    features_stage.run(config, "few", "tiny-flux", 128, 192, device="cpu")
+    assert path.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
+    assert path.read_bytes() == stored
     record = json.loads(text)
     picture = layout.image(config, images, record["images"][0]["id"], 0)
     data = picture.read_bytes()
@@ -174,7 +178,7 @@ def test_features_are_kept_while_they_fit(config):
     record["images"][0]["sha256"] = sha256(picture)
     manifest.write_text(json.dumps(record))
     features_stage.run(config, "few", "tiny-flux", 128, 192, device="cpu")
-    assert path.stat().st_mtime_ns > before
+    assert path.read_bytes() != stored
     picture.write_bytes(data)
     manifest.write_text(text)
     features_stage.run(config, "few", "tiny-flux", 128, 192, device="cpu")

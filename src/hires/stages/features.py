@@ -29,14 +29,13 @@ def run(
     Declared outputs: one `layout.features` per image set.
     """
     sets = image_sets(config, study, backbone, height, width, settings, variants)
-    work = {layout.features(config, images): read_manifests(layout.image_shards(config, images)) for images in sets}
+    work = {layout.features(config, images): layout.image_shards(config, images) for images in sets}
     _extract(config, f"features {study} {backbone} {height}x{width}", work, device)
 
 
 def run_references(config: Config, height: int, width: int, device: str | None = None) -> None:
     """Extract the features of the references of one size. Declared output: `layout.reference_features`."""
-    entries = read_manifests([layout.reference_manifest(config, height, width)])
-    work = {layout.reference_features(config, height, width): [{**entry, "seed": 0} for entry in entries]}
+    work = {layout.reference_features(config, height, width): [layout.reference_manifest(config, height, width)]}
     _extract(config, f"features references {height}x{width}", work, device)
 
 
@@ -69,7 +68,7 @@ def read_manifests(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return entries
 
 
-def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], device: str | None) -> None:
+def _extract(config: Config, what: str, work: dict[Path, list[Path]], device: str | None) -> None:
     import torch
 
     from hires.metrics import Features, Source, crops_of, extract, load_clip, load_features
@@ -80,7 +79,8 @@ def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], 
     torch.set_num_threads(config.compute.threads)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with shards.told(what, len(work)) as made:
-        for path, entries in work.items():
+        for path, manifests in work.items():
+            entries = read_manifests(manifests)
             asked = [prompts[entry["id"]] for entry in entries]
             key = digest(
                 {
@@ -92,6 +92,8 @@ def _extract(config: Config, what: str, work: dict[Path, list[dict[str, Any]]], 
                 }
             )
             if path.exists() and Features.load(path).metadata["key"] == key:
+                if path.stat().st_mtime_ns < max(manifest.stat().st_mtime_ns for manifest in manifests):
+                    path.touch()  # for Snakemake: still newer than what it is made from
                 continue
             features = extract(
                 [Source(entry["id"], entry["seed"], entry["file"], entry["sha256"]) for entry in entries],
