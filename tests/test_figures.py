@@ -91,6 +91,7 @@ def test_absent_scores_are_dashes(run):
         ((0.00412, 0.00401, 0.00422), "0.00412 [0.00401, 0.00422]"),
         ((-0.2, -0.35, -0.05), "−0.20 [−0.35, −0.05]"),
         ((3.0, 3.0, 3.0), "3.00"),
+        ((-0.001, -0.9, 0.9), "0.0 [−0.9, 0.9]"),
     ],
 )
 def test_interval_shows_what_its_width_supports(numbers, text):
@@ -120,9 +121,11 @@ def test_findings_name_the_best_and_the_tested(run):
     said = said["tiny-flux at 64x64"]
     rows = where(scores, backbone="tiny-flux", metric="repetition", variant=list(results_tree.VARIANTS))
     best = rows.loc[rows["value"].idxmin(), "variant"]
-    assert any(s.startswith(f"{best} has the lowest repeated objects") for s in said)
-    assert any("scalediff against npa" in s and "repeated objects −0.20 [−0.35, −0.05]: better" in s for s in said)
-    assert any("scalediff against npa" in s and "CLIP" in s and "no difference can be told" in s for s in said)
+    repetition = next(s for s in said if s.startswith(f"{best} has the lowest repeated objects"))
+    assert repetition.endswith("scalediff − npa on the same images: −0.20 [−0.35, −0.05], better.")
+    assert "true images have 0.25" in repetition
+    assert any("CLIP" in s and s.endswith("no difference can be told.") for s in said)
+    assert said[-1] == "Too few images to rank variants by FID: the tables mark them †."
 
 
 def test_published_numbers_stand_beside_ours(run):

@@ -94,6 +94,7 @@ def test_illustrations_and_exploration_run(results, tmp_path, monkeypatch):
         output=str(tmp_path),
         weights="random",
         backbones=["tiny-flux"],
+        size=192,
     )
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert figures == {"npa-windows", "cost", "sg-weight", "lfm-spectra", "sg-residual"}

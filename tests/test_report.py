@@ -115,7 +115,7 @@ def test_report_of_scores_alone(run, tmp_path):
     write(Results.open(tmp_path), tmp_path / "report.html", "reference")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not any(tag in ("script", "table", "img") for tag, _ in page.tags)
-    assert any("has the lowest FID" in text for text in page.text["li"])
+    assert any("has the lowest KID" in text for text in page.text["li"])
 
 
 def test_same_results_same_bytes(run, html, tmp_path):

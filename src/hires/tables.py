@@ -22,6 +22,8 @@ CONTRASTS = (
     ("scalediff", "direct"),
     ("scalediff", "upsample"),
 )
+QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "seconds")  # what papers print
+CONTENT = ("count", "colours", "repetition", "spectrum", "spectrum_low", "spectrum_mid", "spectrum_high")
 FLAG = "†"
 _COSTS = ("seconds", "peak_bytes")
 
@@ -98,11 +100,12 @@ def interval(
 ) -> str:
     """`value [low, high]` to `digits` decimals; None: to what the interval's width supports."""
     digits = _digits(high - low if high > low else abs(value) / 10) if digits is None else digits
-    sign = "+" if signed else ""
-    text = f"{value:{sign}.{digits}f}"
-    if high > low:
-        text += f" [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-    return text.replace("-", "−") + (FLAG if flagged else "")
+
+    def written(number: float) -> str:
+        return f"{round(number, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", "−")  # no −0
+
+    text = written(value) + (f" [{written(low)}, {written(high)}]" if high > low else "")
+    return text + (FLAG if flagged else "")
 
 
 def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
@@ -188,36 +191,41 @@ def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> s
 
 
 def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> dict[str, list[str]]:
-    """For the largest size of every backbone ("<backbone> at <H>x<W>") sentences read off the tables."""
+    """For the largest size of every backbone ("<backbone> at <H>x<W>") sentences read off the tables.
+
+    One per metric that has a better side, tells variants apart and has images enough; one names those that have not.
+    """
     found = {}
     for backbone in sorted(set(metrics["backbone"])):
         rows = where(metrics, backbone=backbone)
         height, width = sizes_of(rows)[-1]
         rows = where(rows, height=height, width=width)
         tests = contrasts(where(paired, backbone=backbone, height=height, width=width), [("scalediff", "npa")])
-        sentences = []
+        sentences, few = [], []
         for name in metrics_of(rows):
-            if not metric(name).better or name in _COSTS:
+            shown, these = metric(name), rows[rows["metric"] == name]
+            values = these.loc[these["variant"] != TRUE]
+            if not shown.better or name in _COSTS or len(set(values["value"])) < 2:
                 continue
-            sentences += _best(rows[rows["metric"] == name], metric(name))
-            sentences += [_tested(test, metric(name)) for test in where(tests, metric=name).itertuples()]
+            if values["flag"].astype(bool).any():
+                few.append(shown.label)
+                continue
+            tested = [_tested(test, shown) for test in where(tests, metric=name).itertuples()]
+            sentences.append(" ".join([_best(these, shown), *tested]))
+        if few:
+            sentences.append(f"Too few images to rank variants by {', '.join(few)}: the tables mark them {FLAG}.")
         found[f"{backbone} at {size_name(height, width)}"] = sentences
     return found
 
 
-def _best(rows: pd.DataFrame, shown: Metric) -> list[str]:
+def _best(rows: pd.DataFrame, shown: Metric) -> str:
     truth = rows[rows["variant"] == TRUE]
     rows = rows[rows["variant"] != TRUE].sort_values("value", ascending=shown.better == "lower", kind="stable")
-    if len(rows) < 2:
-        return []
     best, second = rows.iloc[0], rows.iloc[1]
     word = "lowest" if shown.better == "lower" else "highest"
-    note = ", too few images for this score to be trusted" if best["flag"] else ""
-    true = f"; true images have {_cell(truth.iloc[0], shown.scale)}" if len(truth) else ""
-    return [
-        f"{best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']}{note}); "
-        f"next is {second['variant']} with {_cell(second, shown.scale)}{true}."
-    ]
+    text = f"{best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']})"
+    text += f"; next is {second['variant']} with {_cell(second, shown.scale)}"
+    return text + "".join(f"; true images have {_cell(row, shown.scale)}" for _, row in truth.iterrows()) + "."
 
 
 def _tested(test: Any, shown: Metric) -> str:
@@ -226,7 +234,7 @@ def _tested(test: Any, shown: Metric) -> str:
         verdict = "no difference can be told"
     else:
         verdict = "better" if (test.difference < 0) == (shown.better == "lower") else "worse"
-    return f"{test.a} against {test.b} on the same {test.n} images, {shown.label} {text}: {verdict}."
+    return f"{test.a} − {test.b} on the same images: {text}, {verdict}."
 
 
 def _groups(metrics: pd.DataFrame):

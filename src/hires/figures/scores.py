@@ -57,6 +57,7 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
                     axis.plot(value, y, marker(a), color=colour(a), markerfacecolor=face)
             axis.set_title(tables.metric(name).heading, loc="left")
             axis.set_xlabel(tables.metric(name).unit)
+            axis.locator_params(axis="x", nbins=4)
             axis.grid(False, axis="y")
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
@@ -104,8 +105,7 @@ def sweep(
                 axis.set_ylabel(tables.metric(name).unit)
         for line, backbone in zip(axes, backbones):
             line[0].set_ylabel(f"{backbone}\n\n{line[0].get_ylabel()}")
-        for axis in axes[-1]:
-            axis.set_xlabel(xlabel)
+        figure.supxlabel(xlabel, fontsize=8)
         handles = [Line2D([], [], color=colour(v), marker=marker(v), label=label(v)) for v in variants]
         if TRUE in set(metrics["variant"]):
             handles.append(Line2D([], [], color=colour(TRUE), linestyle=":", label=TRUE))
@@ -158,6 +158,7 @@ def _points(axis, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> 
             axis.plot(row.value * scale, y, marker(variant), color=colour(variant), markerfacecolor=face)
     axis.grid(False, axis="y")
     axis.margins(x=0.1)
+    axis.locator_params(axis="x", nbins=4)
 
 
 def _heading(rows: pd.DataFrame) -> str:

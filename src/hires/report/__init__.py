@@ -18,8 +18,11 @@ from hires.results import TRUE, Results, read_image, size_name, where
 
 _TABLES = {
     "components": "Components: NPA alone, with LFM, with SG, with both (ScaleDiff)",
+    "components-content": "Components: objects and spectra",
     "variants": "All variants",
+    "variants-content": "All variants: objects and spectra",
     "paired": "Paired differences on the same prompts and seeds; bold: the interval leaves out zero",
+    "paired-content": "Paired differences of objects and spectra",
     "published": "Beside the paper: other models, data and sizes; compare the order of variants, not the numbers",
     "tau": "τ sweep",
 }
@@ -119,7 +122,7 @@ def _tables(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _figures(folder: Path) -> list[dict[str, str]]:
+def _figures(folder: Path) -> list[dict[str, Any]]:
     """The figures that notebooks wrote, in the order of _FIGURES; plots without loss."""
     found = {}
     names = sorted(file.stem for file in (folder / "figures").glob("*.png"))
@@ -127,8 +130,11 @@ def _figures(folder: Path) -> list[dict[str, str]]:
         for name in names:
             if name.startswith(prefix) and name not in found:
                 place = name.removeprefix(prefix).replace("-", " ").strip()
-                source, _ = _embed(read_image(folder / "figures" / f"{name}.png"), "images-" not in name)
-                found[name] = {"name": name, "caption": f"{caption}{': ' if place else ''}{place}", "source": source}
+                image = read_image(folder / "figures" / f"{name}.png")
+                source, _ = _embed(image, "images-" not in name)
+                text = f"{caption}: {place}" if place else caption
+                size = {"width": image.width, "height": image.height}
+                found[name] = {"name": name, "caption": text, "source": source, **size}
     return list(found.values())
 
 
