@@ -148,6 +148,13 @@ def test_written_tables_hold_every_row_unrounded(run, tmp_path):
     assert text.count("\n") == 2 + 2 * (1 + len(results_tree.VARIANTS))
 
 
+def test_protocols_stand_once_per_metric_and_size(run):
+    shown = tables.protocols(run.scores("main"))
+    assert set(shown["metric"]) == {tables.metric(name).label for name in results_tree.SCORES}
+    assert not shown.duplicated().any()
+    assert set(shown["protocol"]) == {"test"}
+
+
 def test_every_variant_has_a_look_of_its_own():
     names = [TRUE, *VARIANTS, "scale-dit", "hybrid"]
     assert len({figures.colour(name) for name in names}) == len(names)

@@ -107,7 +107,7 @@ def test_illustrations_and_exploration_run(results, tmp_path, monkeypatch):
         height=256,
         width=256,
         steps=2,
-        variants=["upsample", "npa"],
+        variants=["npa"],
         taus=[500],
     )
     pictures = [

@@ -237,6 +237,18 @@ def _tested(test: Any, shown: Metric) -> str:
     return f"{test.a} − {test.b} on the same images: {text}, {verdict}."
 
 
+def protocols(metrics: pd.DataFrame) -> pd.DataFrame:
+    """How each score was measured: network, crops, resizing, numbers of images, resampling."""
+    rows = metrics[metrics["variant"] != TRUE].drop_duplicates(["metric", "height", "width", "protocol"])
+    shown = [
+        {"metric": metric(name).label, "size": size_name(height, width), "protocol": protocol}
+        for name in metrics_of(rows)
+        for height, width in sizes_of(rows)
+        for protocol in where(rows, metric=name, height=height, width=width)["protocol"]
+    ]
+    return pd.DataFrame(shown, columns=["metric", "size", "protocol"])
+
+
 def _groups(metrics: pd.DataFrame):
     for backbone in sorted(set(metrics["backbone"])):
         for height, width in sizes_of(where(metrics, backbone=backbone)):

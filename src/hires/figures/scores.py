@@ -68,13 +68,10 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
     return figure
 
 
-def sweep(
-    metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str, defaults: dict | None = None
-) -> Figure:
+def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str) -> Figure:
     """Metrics against a setting: rows of panels are backbones, columns metrics, lines variants with their intervals.
 
-    `column`: the numeric column of `metrics` that is swept. `defaults`: backbone -> the value it uses by default, drawn
-    as a dashed line. True images' scores are a dotted line.
+    `column`: the numeric column of `metrics` that is swept. True images' scores are a dotted line.
     """
     names = [name for name in names if name in set(metrics["metric"])]
     backbones = sorted(set(metrics["backbone"]))
@@ -96,8 +93,6 @@ def sweep(
                     axis.plot(
                         hollow[column], hollow["value"] * scale, marker(variant), color=colour(variant), mfc="white"
                     )
-                if defaults and backbone in defaults:
-                    axis.axvline(defaults[backbone], color="black", linestyle="--", linewidth=0.8)
         for axis, name in zip(axes[0], names):
             axis.set_title(tables.metric(name).heading, loc="left")
         for line in axes:

@@ -25,6 +25,7 @@ _TABLES = {
     "paired-content": "Paired differences of objects and spectra",
     "published": "Beside the paper: other models, data and sizes; compare the order of variants, not the numbers",
     "tau": "τ sweep",
+    "protocols": "Protocols: how each score was measured",
 }
 # prefix of a figure's name -> its caption
 _FIGURES = {
