@@ -139,6 +139,7 @@ def differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> pd.
     """Paired differences a − b, one column per metric; bold where the interval leaves out zero."""
     names = [name for name in metrics_of(paired) if names is None or name in names]
     rows = []
+    paired = paired.sort_values(["backbone", "height", "width"], kind="stable")
     for (backbone, height, width, a, b), group in paired.groupby(["backbone", "height", "width", "a", "b"], sort=False):
         row = {"backbone": backbone, "size": size_name(height, width), "a − b": f"{a} − {b}", "n": _range(group["n"])}
         for name in names:
@@ -267,9 +268,10 @@ def _cell(row: pd.Series, scale: float, digits: int | None = None) -> str:
 
 
 def _decimals(rows: pd.DataFrame, scale: float) -> int:
-    """Decimals of a column: what its median interval supports."""
-    width = (rows["high"] - rows["low"]).median()
-    return _digits(scale * (width if width > 0 else rows["value"].abs().median() / 10))
+    """Decimals of a column: what its median interval supports, those without a width left aside."""
+    widths = rows["high"] - rows["low"]
+    widths = widths[widths > 0]
+    return _digits(scale * (widths.median() if len(widths) else rows["value"].abs().median() / 10))
 
 
 def _range(values: pd.Series) -> str:

@@ -130,7 +130,7 @@ def _figures(folder: Path) -> list[dict[str, Any]]:
     for prefix, caption in _FIGURES.items():
         for name in names:
             if name.startswith(prefix) and name not in found:
-                place = name.removeprefix(prefix).replace("-", " ").strip()
+                place = re.sub(r"-(\d+x\d+)$", r", \1", name.removeprefix(prefix).strip("-"))
                 image = read_image(folder / "figures" / f"{name}.png")
                 source, _ = _embed(image, "images-" not in name)
                 text = f"{caption}: {place}" if place else caption
