@@ -130,6 +130,12 @@ def reference_scores(wildcards):
     return path
 
 
+# Jobs use this checkout's library, also in a conda environment that was made from environment.yml.
+shell.prefix(
+    f"export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
+    ' hires() { python -m hires.cli "$@"; }; '
+)
+
 CONFIG = configured()
 CONFIG_FILE = str(store_config(CONFIG))
 GPUS = int(uses_gpu(CONFIG.compute.device))

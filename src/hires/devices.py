@@ -42,7 +42,8 @@ def locked_device(device: str = "auto", poll: float = 0.2) -> Iterator[str]:
         names = names[index : index + 1]
     if not names:
         raise HiresError(f"compute.device = {device!r}: this machine shows {len(gpus())} GPU(s); allowed: auto, cpu")
-    folder = Path(tempfile.gettempdir()) / f"hires-devices-{os.getuid()}"
+    # Slurm numbers the GPUs of each of its jobs from 0.
+    folder = Path(tempfile.gettempdir()) / f"hires-devices-{os.getuid()}-{os.environ.get('SLURM_JOB_ID', 'local')}"
     folder.mkdir(exist_ok=True)
     locks = {name: FileLock(folder / f"{name.replace('/', '_')}.lock", is_singleton=True) for name in names}
     name = _first_free(locks, poll)

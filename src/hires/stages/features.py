@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from hires import layout, shards
-from hires.config import Config, ImageSet
-from hires.errors import HiresError, unknown
+from hires.config import Config
+from hires.errors import HiresError
 from hires.prompts import Prompt, read_prompts
 from hires.stages import VERSIONS
+from hires.stages.images import image_sets
 from hires.storage import digest, read_json, sha256
 
 
@@ -37,25 +38,6 @@ def run_references(config: Config, height: int, width: int, device: str | None =
     """Extract the features of the references of one size. Declared output: `layout.reference_features`."""
     work = {layout.reference_features(config, height, width): [layout.reference_manifest(config, height, width)]}
     _extract(config, f"features references {height}x{width}", work, device)
-
-
-def image_sets(
-    config: Config,
-    study: str,
-    backbone: str,
-    height: int,
-    width: int,
-    settings: Sequence[str] | None,
-    variants: Sequence[str] | None,
-) -> list[ImageSet]:
-    """The named image sets; all settings and variants of the study where None."""
-    if study not in config.studies:
-        raise unknown("study", study, config.studies)
-    return [
-        config.image_set(study, setting, backbone, variant, height, width)
-        for setting in settings or config.studies[study].settings
-        for variant in variants or config.studies[study].variants
-    ]
 
 
 def read_manifests(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from hires import layout, provenance, shards
 from hires.config import Config, ImageSet
 from hires.devices import locked_device
-from hires.errors import HiresError
+from hires.errors import HiresError, unknown
 from hires.shards import Batch, Item
 from hires.stages import VERSIONS, models
 from hires.storage import read_json
@@ -35,11 +35,7 @@ def run(
 
     `settings`, `variants`: None means all of the study. Declared outputs: one `layout.image_shard` per image set.
     """
-    sets = [
-        config.image_set(study, setting, backbone, variant, height, width)
-        for setting in settings or config.studies[study].settings
-        for variant in variants or config.studies[study].variants
-    ]
+    sets = image_sets(config, study, backbone, height, width, settings, variants)
     items = {images: _items(config, images, shard) for images in sets}
     work = {images: shards.batches(items[images], config.compute.batch_size) for images in sets}
     with shards.told(
@@ -51,6 +47,25 @@ def run(
         for images in sets:
             head = {"version": VERSIONS["images"], **_names(images)}
             shards.write_manifest(layout.image_shard(config, images, shard), head, "images", items[images])
+
+
+def image_sets(
+    config: Config,
+    study: str,
+    backbone: str,
+    height: int,
+    width: int,
+    settings: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+) -> list[ImageSet]:
+    """The image sets that share study, backbone and size; None means all settings, or variants, of the study."""
+    if study not in config.studies:
+        raise unknown("study", study, config.studies)
+    return [
+        config.image_set(study, setting, backbone, variant, height, width)
+        for setting in settings or config.studies[study].settings
+        for variant in variants or config.studies[study].variants
+    ]
 
 
 def _make(config: Config, work: Mapping[ImageSet, Sequence[Batch]], device: str) -> Iterator[int]:

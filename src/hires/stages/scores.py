@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from hires import layout, shards
 from hires.config import Config, ImageSet
-from hires.stages.features import image_sets, read_manifests
+from hires.stages.features import read_manifests
+from hires.stages.images import image_sets
 from hires.storage import replacing
 
 if TYPE_CHECKING:
