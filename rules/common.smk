@@ -132,8 +132,8 @@ def reference_scores(wildcards):
 
 # Jobs use this checkout's library, also in a conda environment that was made from environment.yml.
 shell.prefix(
-    f"export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
-    ' hires() { python -m hires.cli "$@"; }; '
+    "export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
+    ' hires() {{ python -m hires.cli "$@"; }}; '
 )
 
 CONFIG = configured()

@@ -1,0 +1,188 @@
+"""The Snakefile: its jobs, its errors, what reruns; the Makefile's lock and the conda environment."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from hires.config import load_config
+from hires.models import HINTS, build_pipeline
+from hires.storage import read_json, write_json
+
+ROOT = Path(__file__).parents[1]
+
+TINY = """
+name: tiny
+prompts: {n: 3, scenes: {pool: 12}}
+backbones:
+  tiny: {model: model, base_resolution: 128, size_multiple: 32, sampling: {num_inference_steps: 2, tau: 500}}
+studies:
+  main: {backbones: [tiny], variants: [upsample, npa+lfm], sizes: {256x256: 3}}
+compute: {shard_size: 2, device: cpu}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working directory outside the repository, so that no test writes into it."""
+    for name in ("config", "notebooks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def snakemake(folder, *arguments):
+    binaries = Path(sys.executable).parent
+    command = [binaries / "snakemake", "--snakefile", ROOT / "Snakefile", *arguments]
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def jobs(done):
+    """Rule -> number of jobs, from what a run says."""
+    text = done.stdout + done.stderr
+    if "Nothing to be done" in text:
+        return {}
+    table = text.split("Job stats:")[1].split("total")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+def test_the_jobs_of_a_small_run(folder):
+    done = snakemake(folder, "-n", "--configfile", "config/smoke.yaml")
+    assert done.returncode == 0, done.stderr
+    config = load_config(ROOT / "config/smoke.yaml")
+    per_study = {
+        f"{stage}_{study}": len(entry.backbones) * len(entry.sizes)
+        for study, entry in config.studies.items()
+        for stage in ("images", "features", "scores")
+    }
+    assert jobs(done) == per_study | {
+        "draw_prompts": 1,
+        "references": 1,
+        "reference_features": 1,
+        "base": 2,
+        "collect_metrics": 1,
+        "notebook": 3,
+        "provenance": 1,
+        "html_report": 1,
+        "all": 1,
+    }
+    assert "Using workflow specific profile" in done.stdout + done.stderr
+    assert load_config(folder / "results/smoke/config.yaml") == config.model_copy(update={"extends": None})
+
+
+def test_targets(folder):
+    small = ("-n", "--configfile", "config/smoke.yaml")
+    assert set(jobs(snakemake(folder, "prompts", *small))) == {"draw_prompts", "prompts"}
+    images = {"draw_prompts", "base", "images_main", "images_tau", "images"}
+    assert set(jobs(snakemake(folder, "images", *small))) == images
+    assert "notebook" not in jobs(snakemake(folder, "metrics", *small))
+    assert set(jobs(snakemake(folder, "report", *small))) >= {*images, "notebook", "html_report"} - {"images"}
+
+
+def test_all_outputs_are_ignored_by_git(folder):
+    done = snakemake(folder, "--summary", "--configfile", "config/smoke.yaml")
+    outputs = [line.split("\t")[0] for line in done.stdout.splitlines()[1:]]
+    assert len(outputs) > 40 and all(output.startswith("results/smoke/") for output in outputs)
+    assert subprocess.run(["git", "-C", ROOT, "check-ignore", "--quiet", *outputs[:1]]).returncode == 0
+
+
+def test_lint(folder):
+    done = snakemake(folder, "--lint")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "your workflow is in a good condition" in done.stdout + done.stderr
+
+
+def test_a_wrong_key_is_told_in_one_line(folder):
+    done = snakemake(folder, "-n", "--config", "compute={shard_sise: 4}")
+    assert done.returncode != 0
+    assert "compute.shard_sise: unknown key 'shard_sise': did you mean 'shard_size'?" in done.stdout + done.stderr
+
+
+def test_command_line_overrides_single_keys(folder):
+    done = snakemake(
+        folder, "-n", "prompts", "--configfile", "config/smoke.yaml", "--config", "compute={shard_size: 1}"
+    )
+    assert done.returncode == 0, done.stderr
+    config = load_config(folder / "results/smoke/config.yaml")
+    assert config.compute.shard_size == 1 and config.prompts.n == 2
+    done = snakemake(folder, "-n", "--configfile", "config/smoke.yaml", "config/config.yaml")
+    assert "give one --configfile" in done.stdout + done.stderr
+
+
+def test_figures_need_reference_results_and_generate_nothing(folder):
+    done = snakemake(folder, "-n", "figures")
+    assert "no results/reference/metrics.parquet to draw figures from yet" in done.stdout + done.stderr
+    (folder / "results/reference").mkdir()
+    (folder / "results/reference/metrics.parquet").touch()
+    assert set(jobs(snakemake(folder, "-n", "figures"))) == {"redraw", "figures"}
+
+
+def test_images_are_made_once(folder):
+    """A real run, then what a second one would do after this and that."""
+    (folder / "tiny.yaml").write_text(TINY)
+    build_pipeline("tiny-flux").save_pretrained(folder / "model")
+    write_json(folder / "model/hires.json", HINTS["tiny-flux"])
+    done = snakemake(folder, "images", "--cores", "2", "--configfile", "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert jobs(done) == {"draw_prompts": 1, "base": 2, "images_main": 2, "images": 1}
+    assert re.search(r"^images main tiny 256x256 shard 1: 2 of 2 made", done.stdout + done.stderr, re.MULTILINE)
+    manifest = folder / "results/tiny/images/main/default/tiny/npa+lfm/256x256/shard-001.json"
+    assert [image["seed"] for image in read_json(manifest)["images"]] == [0]
+    assert (folder / "results/tiny/logs/images/main/tiny/256x256/shard-001.log").read_text().count("\n") == 1
+
+    def again(**overrides):
+        edits = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return jobs(
+            snakemake(folder, "images", "-n", "--configfile", "tiny.yaml", *(["--config", *edits] if edits else []))
+        )
+
+    study = yaml.safe_load(TINY)["studies"]["main"]
+    assert again() == {}
+    assert again(compute={"batch_size": 2, "threads": 2}, metrics={"bootstrap": 3}) == {}
+    assert again(studies={"main": {**study, "variants": ["upsample", "npa+lfm", "npa"]}}) == {
+        "images": 1,
+        "images_main": 2,
+    }
+    assert again(studies={"main": {**study, "settings": {"default": {"tau": 1000}}}}) == {"images": 1, "images_main": 2}
+    assert again(prompts={"n": 4}, studies={"main": {**study, "sizes": {"256x256": 4}}}).keys() >= {"draw_prompts"}
+    manifest.unlink()
+    assert again() == {"images": 1, "images_main": 1}
+    (folder / "model/hires.json").touch()
+    assert again() == {"images": 1, "images_main": 1}
+    shutil.copyfile(folder / "model/model_index.json", folder / "model/another.json")
+    assert again() == {"base": 2, "images": 1, "images_main": 2}
+
+
+def lock():
+    return (ROOT / "requirements.lock").read_text().splitlines()
+
+
+def test_the_conda_environment_has_the_pins_of_the_lock():
+    python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert python == "python=3.11" and pip == "pip"
+    assert packages == {"pip": lock()}
+
+
+def test_the_lock_holds_what_the_project_asks_for():
+    pins = {}
+    for line in lock():
+        pin = Requirement(line)
+        (only,) = pin.specifier
+        assert only.operator == "==" and "+" not in only.version
+        pins[canonicalize_name(pin.name)] = only.version
+    assert pins["torch"] == "2.13.0"
+    assert not any(name.startswith(("nvidia-", "cuda-")) or name in ("torchvision", "hires") for name in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    for text in project["project"]["dependencies"] + extras["workflow"] + extras["dev"]:
+        needed = Requirement(text)
+        assert needed.specifier.contains(pins[canonicalize_name(needed.name)]), text
