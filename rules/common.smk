@@ -12,7 +12,7 @@ from hires.errors import HiresError
 from hires.prompts import parquet_files
 from hires.provenance import store_config
 from hires.stages import VERSIONS
-from hires.stages.models import files
+from hires.stages.models import files, folder_files
 
 ENVIRONMENT = "../environment.yml"
 
@@ -138,6 +138,7 @@ shell.prefix(
 
 CONFIG = configured()
 CONFIG_FILE = str(store_config(CONFIG))
+ENCODERS = sorted({path for name in (CONFIG.metrics.features, CONFIG.metrics.clip) for path in folder_files(name)})
 GPUS = int(uses_gpu(CONFIG.compute.device))
 
 

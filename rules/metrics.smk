@@ -5,6 +5,7 @@ rule reference_features:
     input:
         prompts=layout.prompts(CONFIG),
         references=layout.pattern(CONFIG, "reference_manifest"),
+        encoders=ENCODERS,
     output:
         layout.pattern(CONFIG, "reference_features"),
     log:
@@ -33,7 +34,9 @@ for study in CONFIG.studies:
         input:
             prompts=layout.prompts(CONFIG),
             images=images_of(study),
+            encoders=ENCODERS,
         output:
+            # Kept while the job runs: features that still fit are not extracted again.
             update(of_study("features", study)),
         log:
             log_of(f"features/{study}/{{backbone}}/{{height}}x{{width}}"),

@@ -26,7 +26,8 @@ from hires import layout, provenance, shards
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
-from hires.models import HINTS, build_pipeline
+from hires.metrics import load_clip, load_features
+from hires.models import HINTS, build_clip, build_pipeline
 from hires.prompts import read_prompts
 from hires.scenes import reference_image, scene_of_url
 from hires.stages import base, images, models, notebook, prompts, references
@@ -291,6 +292,42 @@ def test_wrong_names_are_refused(config, capsys):
         assert main(["images", "--config", "config.yaml", *arguments.split()]) == 2
         err = capsys.readouterr().err
         assert answer in err and err.count("\n") == 1
+
+
+def test_everything_runs_without_snakemake(finished, tmp_path, monkeypatch, capfd):
+    """One process gives the files that single stages give; a second run makes only pages again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(finished / "model")
+    write_notebook_folder(tmp_path / "notebooks")
+    for part in build_clip():
+        part.save_pretrained(tmp_path / "assets/tiny-clip")
+    monkeypatch.setattr("hires.models.ASSETS", tmp_path / "assets")
+    load_clip.cache_clear(), load_features.cache_clear()
+    metrics = "metrics: {bootstrap: 10, kid_subset_size: 2, kid_subsets: 2, patch: {per_image: 1}}"
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}\n{metrics}\nnotebooks: {{summary: {{word: done}}}}\n")
+    try:
+        assert main(["run", "--config", "config.yaml"]) == 0
+        before = {path: path.stat().st_mtime_ns for path in Path("results").rglob("*") if path.is_file()}
+        assert main(["run", "--config", "config.yaml"]) == 0
+    finally:
+        load_clip.cache_clear(), load_features.cache_clear()
+    config = load_config("config.yaml")
+    made = pictures(Path("results/tested"))
+    assert made.items() >= pictures(finished / "results/tested").items()
+    after = {path: path.stat().st_mtime_ns for path in Path("results").rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} == {
+        layout.report(config), layout.provenance(config)
+    }  # fmt: skip
+    record = read_json(layout.provenance(config))
+    assert record["images"]["n"] == 6 and record["models"]["flux"]["model"] == "model"
+    assert provenance.config_data(config) == record["configuration"] and len(record["runs"]) >= 1
+    assert "done" in layout.notebook(config, "summary").read_text()
+    assert str(tmp_path) not in layout.provenance(config).read_text()
+
+
+def write_notebook_folder(folder):
+    folder.mkdir()
+    write_notebook(folder / "summary.ipynb", 'results = ""\nword = ""', "print(word)")
 
 
 # references

@@ -30,10 +30,13 @@ def _load(model: str, weights: Any, dtype: str, device: str) -> "Backbone":
 
 
 def files(entry: BackboneEntry) -> list[Path]:
-    """Files of a model that the repository or a local folder holds; none for hub ids and random weights."""
-    if entry.weights == "random":
-        return []
-    folder = next((place for place in (ASSETS / entry.model, Path(entry.model)) if place.is_dir()), None)
+    """Files of a backbone's model, as `folder_files`; none for random weights."""
+    return [] if entry.weights == "random" else folder_files(entry.model)
+
+
+def folder_files(model: str) -> list[Path]:
+    """Files of a model that the repository or a local folder holds; none for hub ids."""
+    folder = next((place for place in (ASSETS / model, Path(model)) if place.is_dir()), None)
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
 
 
