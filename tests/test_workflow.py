@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 
 TINY = """
 name: tiny
-prompts: {n: 3, scenes: {pool: 12}}
+prompts: {n: 2, scenes: {pool: 12}}
 backbones:
   tiny: {model: model, base_resolution: 128, size_multiple: 32, sampling: {num_inference_steps: 2, tau: 500}}
 studies:
-  main: {backbones: [tiny], variants: [upsample, npa+lfm], sizes: {256x256: 3}}
+  main: {backbones: [tiny], variants: [upsample, npa+lfm], sizes: {256x256: 2}}
 compute: {shard_size: 2, device: cpu}
 """
 
@@ -133,11 +133,11 @@ def test_images_are_made_once(folder):
     write_json(folder / "model/hires.json", HINTS["tiny-flux"])
     done = snakemake(folder, "images", "--cores", "2", "--configfile", "tiny.yaml")
     assert done.returncode == 0, done.stderr
-    assert jobs(done) == {"draw_prompts": 1, "base": 2, "images_main": 2, "images": 1}
-    assert re.search(r"^images main tiny 256x256 shard 1: 2 of 2 made", done.stdout + done.stderr, re.MULTILINE)
-    manifest = folder / "results/tiny/images/main/default/tiny/npa+lfm/256x256/shard-001.json"
-    assert [image["seed"] for image in read_json(manifest)["images"]] == [0]
-    assert (folder / "results/tiny/logs/images/main/tiny/256x256/shard-001.log").read_text().count("\n") == 1
+    assert jobs(done) == {"draw_prompts": 1, "base": 1, "images_main": 1, "images": 1}
+    assert re.search(r"^images main tiny 256x256 shard 0: 4 of 4 made", done.stdout + done.stderr, re.MULTILINE)
+    manifest = folder / "results/tiny/images/main/default/tiny/npa+lfm/256x256/shard-000.json"
+    assert [image["seed"] for image in read_json(manifest)["images"]] == [0, 0]
+    assert (folder / "results/tiny/logs/images/main/tiny/256x256/shard-000.log").read_text().count("\n") == 1
 
     def again(**overrides):
         edits = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
@@ -146,20 +146,16 @@ def test_images_are_made_once(folder):
         )
 
     study = yaml.safe_load(TINY)["studies"]["main"]
+    once = {"images": 1, "images_main": 1}
     assert again() == {}
     assert again(compute={"batch_size": 2, "threads": 2}, metrics={"bootstrap": 3}) == {}
-    assert again(studies={"main": {**study, "variants": ["upsample", "npa+lfm", "npa"]}}) == {
-        "images": 1,
-        "images_main": 2,
-    }
-    assert again(studies={"main": {**study, "settings": {"default": {"tau": 1000}}}}) == {"images": 1, "images_main": 2}
-    assert again(prompts={"n": 4}, studies={"main": {**study, "sizes": {"256x256": 4}}}).keys() >= {"draw_prompts"}
+    assert again(studies={"main": {**study, "variants": ["upsample", "npa+lfm", "npa"]}}) == once
+    assert again(studies={"main": {**study, "settings": {"default": {"tau": 1000}}}}) == once
+    assert "draw_prompts" in again(prompts={"n": 3})
     manifest.unlink()
-    assert again() == {"images": 1, "images_main": 1}
-    (folder / "model/hires.json").touch()
-    assert again() == {"images": 1, "images_main": 1}
+    assert again() == once
     shutil.copyfile(folder / "model/model_index.json", folder / "model/another.json")
-    assert again() == {"base": 2, "images": 1, "images_main": 2}
+    assert again() == {"base": 1, **once}
 
 
 def lock():
