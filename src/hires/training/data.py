@@ -28,7 +28,7 @@ class Views:
         return render(self.scenes, size, size, self.cameras, device=device) * 2 - 1
 
 
-def draw_views(n: int, seed: int, whole: float = 0.5, close_up: float = 0.3, careless: float = 0.05) -> Views:
+def draw_views(n: int, seed: int, whole: float = 0.55, close_up: float = 0.27, careless: float = 0.05) -> Views:
     """`n` views drawn from `seed`: a share `whole` of whole scenes, a share `close_up` aimed at an object, the rest
     anywhere at zoom 1–8. A share `careless` of the views within a scene carries the caption of the whole scene, as
     the crops of real training sets do.

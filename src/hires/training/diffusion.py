@@ -171,7 +171,7 @@ def train(
     distil_seconds: float = float("inf"),
     batch: int = 512,
     lr: float = 1e-3,
-    ema: float = 0.9995,
+    ema: float = 0.999,
     seed: int = 0,
 ) -> None:
     """Train `name` ("tiny-flux" or "tiny-sdxl") on the latents of a pool and save its pipeline folder to `out`.

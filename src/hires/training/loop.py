@@ -18,7 +18,7 @@ class EMA:
 
     def __init__(self, modules: Iterable[nn.Module], decay: float) -> None:
         self.decay, self.step = decay, 0
-        self.source = [p for m in modules for p in m.parameters()]
+        self.source: list[Tensor] = [p for m in modules for p in m.parameters()]
         self.average = [p.detach().clone() for p in self.source]
 
     @torch.no_grad()
