@@ -429,6 +429,32 @@ def test_load_refuses_broken_weights(folder):
     assert "'vae' is missing" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["scheduler/scheduler_config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json",
+     "tokenizer_2/tokenizer.json", "transformer/config.json"],
+)  # fmt: skip
+def test_load_refuses_broken_configurations(folder, name):
+    file = folder / name
+    file.write_text(file.read_text()[:-10])
+    assert f"{file} is not JSON" in refusal(folder)
+    file.unlink()
+    assert f"{file.parent} has no " in refusal(folder) and file.name in refusal(folder)
+
+
+def test_load_refuses_parts_of_another_model(folder):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 2}))
+    assert "diffusers cannot load it" in refusal(folder)
+
+
+def test_load_refuses_a_device_that_is_not_there(folder):
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(HiresError, match=f"device '{device}' can't be used here") as error:
+            load(folder, device=device)
+        assert "\n" not in str(error.value)
+
+
 def test_load_refuses_another_pipeline(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))

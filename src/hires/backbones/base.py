@@ -213,9 +213,12 @@ class Backbone(ABC):
 def read_hints(folder: Path) -> dict[str, Any]:
     """What `hires.json` in a model folder says about its training size, size rule and sampling; {} without one."""
     path = folder / "hires.json"
-    if not path.is_file():
-        return {}
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> Any:
+    """The value of a model folder's JSON file; HiresError where it is none."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise HiresError(f"{path} is not JSON: {error}") from None
+    except ValueError as error:
+        raise HiresError(f"{path} is not JSON ({error}): fetch the model again") from None

@@ -15,7 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from hires.backbones.base import Backbone, read_hints
+from hires.backbones.base import Backbone, read_hints, read_json
 from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
 from hires.models import ASSETS, HINTS, build_pipeline
@@ -40,10 +40,10 @@ def load(
         weights: "random" draws weights for the same architecture, from a fixed seed: enough to measure time and memory.
 
     Raises:
-        HiresError: an unknown name, a folder without model_index.json, a missing or truncated weight file, a
+        HiresError: an unknown name or device, a folder without model_index.json, a missing or truncated file, a
             pipeline class of no known family.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
@@ -56,11 +56,22 @@ def load(
             return _random(name, device, dtype)
         folder = _folder(name)
         family = check_folder(folder)
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype or _default_dtype(family, device, folder), use_safetensors=True
-        ).to(device)
+        dtype = dtype or _default_dtype(family, device, folder)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:  # parts that are whole but don't belong together
+            raise HiresError(f"{folder}: diffusers cannot load it: {str(error).splitlines()[0]}") from error
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """HiresError unless a tensor can be put there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise HiresError(f"device {str(name)!r} can't be used here: {str(error).splitlines()[0]}") from None
 
 
 def _default_dtype(family: type[Backbone], device: torch.device, folder: Path) -> torch.dtype:
@@ -99,13 +110,21 @@ def check_folder(folder: Path) -> type[Backbone]:
     families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
     if class_name not in families:
         raise HiresError(f"{folder} holds a {class_name}: allowed: {', '.join(families)}")
-    for component, (library, _) in _components(index):
+    for component, (library, part_class) in _components(index):
         part = folder / component
-        if library is None:
+        if library is None or part_class is None:
             continue
         if not part.is_dir():
             raise HiresError(f"{folder}: the folder of {component!r} is missing")
-        if (part / "config.json").is_file():
+        for file in sorted(part.glob("*.json")):
+            read_json(file)
+        known = _class(library, part_class)
+        needed = _configuration(known)
+        if not (part / needed).is_file():
+            raise HiresError(f"{part} has no {needed}: fetch the model again")
+        if hasattr(known, "vocab_files_names"):
+            _check_vocabulary(part, known.vocab_files_names)
+        if needed == "config.json":
             files = _weight_files(part)
             if not files:
                 raise HiresError(f"{part} has no *.safetensors weights; other formats are not read")
@@ -114,14 +133,35 @@ def check_folder(folder: Path) -> type[Backbone]:
     return families[class_name]
 
 
+def _class(library: str, name: str) -> Any:
+    return getattr(diffusers if library == "diffusers" else transformers, name)
+
+
+def _configuration(known: Any) -> str:
+    """The file without which a component of this class is not there."""
+    if hasattr(known, "vocab_files_names"):
+        return "tokenizer_config.json"
+    if hasattr(known, "get_image_processor_dict"):
+        return "preprocessor_config.json"
+    return getattr(known, "config_name", None) or "config.json"
+
+
+def _check_vocabulary(part: Path, names: dict[str, str]) -> None:
+    """HiresError unless a tokenizer has one file with everything, or all of its separate ones.
+
+    Without them transformers makes an empty tokenizer and says nothing.
+    """
+    whole = names["tokenizer_file"]
+    separate = [name for kind, name in names.items() if kind != "tokenizer_file"]
+    if not (part / whole).is_file() and not all((part / name).is_file() for name in separate):
+        raise HiresError(f"{part} has no vocabulary ({whole}, or {' and '.join(separate)}): fetch the model again")
+
+
 def _model_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise HiresError(f"{folder} is no diffusers folder: it has no model_index.json")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise HiresError(f"{path} is not JSON: {error}") from None
+    return read_json(path)
 
 
 def _components(index: dict[str, Any]) -> list[tuple[str, tuple[str | None, str | None]]]:
@@ -132,7 +172,7 @@ def _weight_files(part: Path) -> list[Path]:
     """Weight files of a component: the shards that its index names, or every safetensors file."""
     files = set(part.glob("*.safetensors"))
     for index in part.glob("*.safetensors.index.json"):
-        shards = json.loads(index.read_text())["weight_map"].values()
+        shards = read_json(index)["weight_map"].values()
         files |= {part / shard for shard in shards}
     return sorted(files)
 
@@ -202,7 +242,7 @@ def _random_component(
     """
     if library is None or class_name is None:
         return None
-    known = getattr(diffusers if library == "diffusers" else transformers, class_name)
+    known = _class(library, class_name)
     config = part / "config.json"
     if not config.is_file():
         return known.from_pretrained(part)
