@@ -222,6 +222,34 @@ def test_multidiffusion_step_is_the_mean_of_single_views(backbone):
         close(got, schedule.step(total / count, latents, 0, [generator]))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"low_pass": "bicubic"}, {"low_pass": "nearest"}, {"low_pass": "lanczos"}, {"low_pass": "fft"},
+        {"low_pass": "wavelet"}, {"lfm_factor": 0.5}, {"sg_factor": 0.5}, {"gamma": "normalised"}, {"gamma": "t_raw"},
+        {"gamma_scale": 0.5}, {"upsampling": "lanczos"}, {"posterior": "sample"}, {"random_shift": True}, {"tau": 400},
+        {"guidance_scale": 3.0}, {"prompt_suffix": " on sand"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_setting_acts(backbone, setting):
+    base = base_latents(backbone, PROMPTS[:1], [0], 192, 192, FAST)
+    plain, one, two = (
+        last(backbone, PROMPTS[:1], [0], VARIANTS["scalediff"], 192, 192, sampling, base=base).latents
+        for sampling in (FAST, *2 * [Sampling.of(**setting).over(FAST)])
+    )
+    assert one.isfinite().all() and torch.equal(one, two) and (plain - one).abs().mean() > 1e-5
+
+
+def test_text_rows_act_on_flux(flux):
+    base = base_latents(flux, PROMPTS[:1], [0], 192, 192, FAST)
+    patch, everything = (
+        last(flux, PROMPTS[:1], [0], VARIANTS["npa"], 192, 192, Sampling(text_rows=rows).over(FAST), base=base).latents
+        for rows in ("patch", "global")
+    )
+    assert (patch - everything).abs().mean() > 1e-5
+
+
 def test_random_shift_changes_the_image_and_repeats(backbone):
     shifted = Sampling(random_shift=True).over(FAST)
     base = base_latents(backbone, PROMPTS[:1], [0], 192, 192, FAST)
@@ -306,6 +334,13 @@ def test_callback_follows_every_step(flux):
     ]  # fmt: skip
 
 
+def test_a_window_of_one_token_is_refused_at_once():
+    """A base of 32x512 leaves a single row on the U-Net's lowest level."""
+    sdxl = Backbone.from_pipeline(build_pipeline("tiny-sdxl"), "tiny-sdxl", HINTS["tiny-sdxl"])
+    with pytest.raises(HiresError, match="at least 2 tokens"):
+        next(cascade(sdxl, PROMPTS[:1], [0], VARIANTS["scalediff"], 64, 1024, FAST))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -317,6 +352,9 @@ def test_callback_follows_every_step(flux):
         ({"variant": Variant(views="multidiffusion", attention="npa")}, "allowed: dense"),
         ({"variant": Variant(adapter="detail")}, "load_lora_weights"),
         ({"sampling": Sampling(tau=10).over(FAST)}, "tau = 10 of 3 steps"),
+        ({"sampling": Sampling(attention_backend="spda").over(FAST)}, "did you mean 'sdpa'"),
+        ({"sampling": Sampling(sg_factor=0.01).over(FAST)}, "low-pass factor 0.01"),
+        ({"variant": Variant(attention="scale_dit")}, "unknown attention kind"),
         ({"base": torch.zeros(1, 16, 8, 8)}, r"latents of shape \(1, 16, 8, 8\): this target needs \(1, 16, 16, 16\)"),
         ({"image": torch.zeros(1, 3, 64, 64)}, r"needs \(1, 3, 128, 128\)"),
         ({"strength": 0.5}, "give an image"),

@@ -97,6 +97,23 @@ def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys):
     assert np.array_equal(np.array(again[0]), np.array(image))
 
 
+def test_settings_are_taken_as_they_stand(tmp_path):
+    out = tmp_path / "out.png"
+    given = {"prompt_suffix": ", sharp: 8k [", "random_shift": "true", "text_rows": "global", "view_batch": "2"}
+    arguments = [f"--set={name}={value}" for name, value in given.items()]
+    assert cli("--size", 128, "--out", out, *arguments) == 0
+    sampling = json.loads(Image.open(out).text["parameters"])["sampling"]
+    assert {name: sampling[name] for name in given} == given | {"random_shift": True, "view_batch": 2}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, capsys):
+    out = tmp_path / "out.png"
+    out.mkdir()
+    assert cli("--size", 128, "--out", out) == 2
+    assert f"cannot write {out}" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [out]
+
+
 def test_command_writes_all_stages_of_my_image(tmp_path):
     mine = tmp_path / "mine.jpg"
     Image.fromarray(np.full((200, 200, 3), 90, np.uint8)).save(mine)
@@ -114,9 +131,12 @@ def test_command_writes_all_stages_of_my_image(tmp_path):
         (["--model", "tiny-flix"], "did you mean 'tiny-flux'"),
         (["--size", "5l2"], "HEIGHTxWIDTH"),
         (["--size", "500"], "nearest allowed sizes"),
+        (["--size", "96x512", "--variant", "npa-direct"], "larger than its grid"),
         (["--variant", "npa+sq"], "did you mean 'npa+sg'"),
         (["--set", "tau"], "NAME=VALUE"),
         (["--set", "low_pass=foo"], "low_pass = 'foo'"),
+        (["--set", "tau=1200"], "less than or equal to 1000"),
+        (["--device", "gpu"], "device 'gpu'"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--out", "out.jpg"], "ends with .png"),
         (["--out", "nowhere/out.png"], "does not exist"),

@@ -116,22 +116,24 @@ def _predictor(
     return on_views
 
 
-def _attention_options(
-    backbone: Backbone,
-    variant: Variant,
-    sampling: Sampling,
-    size: Size,
-    base_size: Size,
-    steps: int,
-    generators: Sequence[Generator],
-) -> dict[str, Any]:
-    """Options of the variant's attention kind; shifts are a table drawn before the loop."""
+def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
+    """Options of the variant's attention kind."""
     if variant.attention != "npa":
         return {}
-    shifts = None
-    if sampling.random_shift:
-        shifts = draw_shifts(generators, steps, attention_layers(backbone.model, size, base_size))
-    return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend, "shifts": shifts}
+    return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend}
+
+
+def _check_stages(
+    backbone: Backbone, variant: Variant, sampling: Sampling, sizes: Sequence[Size], base_size: Size
+) -> None:
+    """Refuse an attention or a filter that doesn't fit one of the stages, before any work; sizes in latent pixels."""
+    options = _attention_options(variant, sampling)
+    for size in sizes:
+        with use_attention(backbone.model, variant.attention, size, base_size, **options):
+            pass
+        for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
+            if used:
+                low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
 
 
 def _denoise(
@@ -156,7 +158,9 @@ def _denoise(
     told_latents = base_size if sampling.time_ids == "base" else size
     told_size = (told_latents[0] * backbone.scale, told_latents[1] * backbone.scale)
     predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size)
-    options = _attention_options(backbone, variant, sampling, size, base_size, steps, generators)
+    options = _attention_options(variant, sampling)
+    if variant.attention == "npa" and sampling.random_shift:  # drawn before the loop, a table of steps and layers
+        options["shifts"] = draw_shifts(generators, steps, attention_layers(backbone.model, size, base_size))
     kind: Gamma = sampling.gamma or "normalised"
     factor = sampling.sg_factor or 1.0
     low_reference = None if reference is None else low_pass(reference, sampling.low_pass, factor)
@@ -295,9 +299,10 @@ def cascade(
             raise HiresError("a variant that starts from noise takes no image: choose one that starts from the base")
         check_multiple(height, width, backbone.size_multiple)
         window = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
+        size = backbone.latent_size(height, width)
+        _check_stages(backbone, variant, sampling, [size], window)
         with Meter(backbone.device) as cost:
             conditioning = backbone.encode_prompt(prompts, sampling)
-            size = backbone.latent_size(height, width)
             latents = _from_noise(
                 backbone, conditioning, sampling, variant, generators, "noise", size, window, callback
             )
@@ -311,8 +316,9 @@ def cascade(
     stage_sampling = sampling
     if strength is not None:
         stage_sampling = Sampling.of(tau=1000 * strength).over(sampling)
-    if variant.denoise and len(sizes) > 1:
-        backbone.first_step(stage_sampling), backbone.first_step(sampling)  # refuse a bad τ before any work
+    if variant.denoise and len(sizes) > 1:  # refuse what a later stage would, before any work
+        backbone.first_step(stage_sampling), backbone.first_step(sampling)
+        _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in sizes[1:]], base_size)
 
     steps = 0
     with Meter(backbone.device) as cost:

@@ -93,7 +93,7 @@ def record(
     sampling: Sampling,
     strength: float | None = None,
 ) -> dict[str, Any]:
-    """Everything that made an image, as JSON-ready values: enough to make it again."""
+    """Everything that made an image but your own picture, as JSON-ready values: enough to make it again."""
     import diffusers
 
     chosen = find_variant(variant) if isinstance(variant, str) else variant

@@ -85,13 +85,13 @@ class NpaLayer:
     ) -> None:
         if any(window > side for window, side in zip(layer.window, layer.grid)):
             raise HiresError(
-                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at base_size) is larger than its "
-                f"grid {layer.grid[0]}x{layer.grid[1]} along one axis: give a base_size no larger than size"
+                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at the base size) is larger than "
+                f"its grid {layer.grid[0]}x{layer.grid[1]} along one axis: choose a size no smaller than the base"
             )
         if min(layer.window) < 2:
             raise HiresError(
-                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at base_size): must be at least "
-                "2 tokens a side: give a larger base_size"
+                f"{layer.name}: window {layer.window[0]}x{layer.window[1]} (its grid at the base size): must be at "
+                "least 2 tokens a side: choose an aspect ratio nearer to 1, or a larger base"
             )
         self.layer, self.handle, self.shifts = layer, handle, shifts
         self.text_rows, self.backend = text_rows, backend

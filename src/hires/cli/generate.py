@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from hires.generation import run as stages
     from hires.settings import Sampling
     from hires.sizes import parse_size
+    from hires.storage import replacing
     from hires.variants import variant
 
     height, width = parse_size(args.size)
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
         info = PngImagePlugin.PngInfo()
         parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength)
         info.add_text("parameters", json.dumps(parameters))
-        decode(backbone, stage, sampling.vae_tiling)[0].save(path, pnginfo=info)
+        with replacing(path) as temporary:
+            decode(backbone, stage, sampling.vae_tiling)[0].save(temporary, "PNG", pnginfo=info)
 
     with ProgressBar() as progress:
         stage = None
@@ -76,16 +78,17 @@ def run(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """["tau=300", "low_pass=fft"] -> {"tau": 300, "low_pass": "fft"}; HiresError without a "="."""
-    import yaml
+def parse_settings(pairs: list[str]) -> dict[str, str]:
+    """["tau=300", "low_pass=fft"] -> {"tau": "300", "low_pass": "fft"}: `Sampling` reads the values as its types.
 
+    HiresError without a "=".
+    """
     settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise HiresError(f"--set {pair}: give NAME=VALUE, for example --set tau=300")
-        settings[name.strip()] = yaml.safe_load(value)
+        settings[name.strip()] = value
     return settings
 
 
