@@ -88,14 +88,26 @@ def test_every_model_trains_and_loads(tmp_path, capsys):
     assert main(["train", "pool", "--views", "16", "--out", str(tmp_path / "pool"), "--device", "cpu"]) == 0
     vae = str(tmp_path / "vae")
     assert main(["train", "tiny-vae", *common, "--out", vae]) == 0
-    assert main(["train", "tiny-clip", *common, "--out", str(tmp_path / "clip")]) == 0
+    clip = str(tmp_path / "clip")
+    assert main(["train", "tiny-clip", *common, "--out", clip]) == 0
+    assert main(["train", "tiny-clip", *common, "--out", clip, "--resume", clip]) == 0
     for name in ("tiny-flux", "tiny-sdxl"):
         out = str(tmp_path / name)
         assert main(["train", name, *common, "--vae", vae, "--distil-seconds", "0.5", "--out", out]) == 0
         pipe = DiffusionPipeline.from_pretrained(out)
         assert {part.dtype for part in pipe.components.values() if isinstance(part, nn.Module)} == {torch.float32}
         assert json.loads((tmp_path / name / "training.json").read_text())["log"]
+    assert (
+        main(["train", "evaluate", "--model-folder", out, "--device", "cpu", "--prompts", "1", "--guidance", "1"]) == 0
+    )
+    assert json.loads((tmp_path / name / "evaluation.json").read_text())[0]["n"] == 1
     capsys.readouterr()
+    assert main(["train", "evaluate", "--model-folder", str(tmp_path), "--device", "cpu"]) == 2
+    assert "no model_index.json" in capsys.readouterr().err
+    assert main(["train", "tiny-vae", "--views", "1500", "--device", "cpu"]) == 2
+    assert "1500 views: give a multiple of 1024" in capsys.readouterr().err
+    assert main(["train", "tiny-vae", "--device", "gpu"]) == 2
+    assert "device 'gpu' can't be used here" in capsys.readouterr().err
     assert main(["train", "tiny-flux", *common, "--vae", str(tmp_path / "nowhere")]) == 2
     assert "make one with `hires train tiny-vae`" in capsys.readouterr().err
     assert main(["train", "tiny-vea"]) == 2

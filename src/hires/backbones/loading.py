@@ -43,7 +43,7 @@ def load(
         HiresError: an unknown name or device, a folder without model_index.json, a missing or truncated file, a
             pipeline class of no known family.
     """
-    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
@@ -66,8 +66,9 @@ def load(
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
 
 
-def _device(name: str | torch.device) -> torch.device:
-    """HiresError unless a tensor can be put there."""
+def usable_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, by default CUDA where there is one; HiresError unless a tensor can be put there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

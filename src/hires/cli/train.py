@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
         raise unknown("model", args.model, TARGETS)
     import torch
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from hires.backbones.loading import usable_device
+
+    device = usable_device(args.device)
     # cuDNN's attention gave NaN in training at small head dimensions.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")

@@ -2,5 +2,3 @@
 
 Each model trains by itself: tiny-vae first, then tiny-flux and tiny-sdxl on its latents; tiny-clip on pixels.
 """
-
-MODELS = ("tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip")

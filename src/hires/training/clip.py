@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPModel
 
 from hires.models import DEGRADED, build_clip
 from hires.training.data import Pool, normalised
@@ -28,15 +29,18 @@ def train(
     pool: Pool,
     *,
     device: torch.device,
+    resume: Path | None = None,
     steps: int = 12_000,
     seconds: float = float("inf"),
     batch: int = 768,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Train tiny-clip on a pool and save model and tokenizer to `out`."""
+    """Train tiny-clip on a pool, from the weights in `resume` if given, and save model and tokenizer to `out`."""
     torch.manual_seed(seed)
     model, tokenizer = build_clip(seed)
+    if resume is not None:
+        model = CLIPModel.from_pretrained(resume, dtype=torch.float32)
     model = model.to(device).train()
     pixels, texts = pool.images, pool.captions
 
@@ -69,4 +73,5 @@ def train(
     log = fit(loss, [model], steps=steps, seconds=seconds, lr=lr, decay_from=0.3, weight_decay=0.1, name="tiny-clip")
     model.eval().half().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_log(out, {"batch": batch, "pool": len(pixels), "lr": lr, "seed": seed}, log)
+    recipe = {"batch": batch, "pool": len(pixels), "lr": lr, "seed": seed, "resumed": resume is not None}
+    write_log(out, recipe, log)

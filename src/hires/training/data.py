@@ -104,8 +104,10 @@ class Pool:
 
 @torch.no_grad()
 def render_pool(count: int, size: int, seed: int, workers: int, device: torch.device, chunk: int = 1024) -> Pool:
-    """Render `count` views (a multiple of `chunk`, or fewer) of `size`² pixels on `device`."""
+    """Render `count` views of `size`² pixels on `device`; HiresError unless it is a multiple of `chunk`, or less."""
     chunk = min(chunk, count)
+    if count < 1 or count % chunk:
+        raise HiresError(f"{count} views: give a multiple of {max(chunk, 1)}, or fewer")
     images, captions, crops = [], [], []
     for views in batches(count // chunk, chunk, seed, workers):
         images.append(((views.render(size, device) + 1) * 127.5).round().to(torch.uint8))

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
+from hires.backbones import load
 from hires.models import BASE_RESOLUTION
 from hires.scenes import caption, parse, scene, scene_ids
 
@@ -38,8 +38,7 @@ def evaluate(
 
     Seeds 0 … n-1, one CPU generator an image. Writes evaluation.json and samples.png to `out` (default: `folder`).
     """
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(folder, device, torch.float32).pipe
     scenes = [scene(i) for i in scene_ids("held-out", prompts)]
     length = {"max_sequence_length": pipe.tokenizer_2.model_max_length} if hasattr(pipe, "transformer") else {}
     rows, sheets = [], []

@@ -52,8 +52,8 @@ def fit(
     """Minimise `loss(step)` over the parameters of `modules`, then leave their EMA in them.
 
     The learning rate warms up, holds, and falls linearly to 0 from progress `decay_from` on; progress is the larger
-    of step / `steps` and elapsed / `seconds`, and the run ends at 1. Raises HiresError at the first loss that is not
-    finite.
+    of step / `steps` and elapsed / `seconds`, and the run ends at 1. Raises HiresError when the mean loss of the last
+    `log_every` steps is not finite.
     """
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     fused = parameters[0].device.type == "cuda"
