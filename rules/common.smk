@@ -13,6 +13,7 @@ from hires.prompts import parquet_files
 from hires.provenance import store_config
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
+from hires.stages.notebook import check_all
 
 ENVIRONMENT = "../environment.yml"
 
@@ -23,7 +24,9 @@ def configured():
     if len(paths) > 1:
         raise WorkflowError("give one --configfile; it may build on another one with its key `extends`")
     try:
-        return load_config(paths[0], workflow.config_settings.config)
+        config = load_config(paths[0], workflow.config_settings.config)
+        check_all(config)
+        return config
     except HiresError as error:
         raise WorkflowError(str(error))
 
@@ -130,9 +133,10 @@ def reference_scores(wildcards):
     return path
 
 
-# Jobs use this checkout's library, also in a conda environment that was made from environment.yml.
+# Jobs use this checkout's library, also in a conda environment that was made from environment.yml. A prefix takes the
+# place of Snakemake's own, without which a failure before `| tee` would go unseen.
 shell.prefix(
-    "export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
+    "set -euo pipefail; export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
     ' hires() {{ python -m hires.cli "$@"; }}; '
 )
 

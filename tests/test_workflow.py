@@ -107,6 +107,24 @@ def test_a_wrong_key_is_told_in_one_line(folder):
     assert "compute.shard_sise: unknown key 'shard_sise': did you mean 'shard_size'?" in done.stdout + done.stderr
 
 
+def test_a_wrong_parameter_of_a_notebook_is_told_before_any_work(folder):
+    done = snakemake(folder, "prompts", "--config", "notebooks={03_tau: {studdy: tau}}")
+    assert done.returncode != 0 and not (folder / "results").exists()
+    assert "unknown parameter of notebooks/03_tau.ipynb 'studdy': did you mean 'study'?" in done.stdout + done.stderr
+
+
+def test_a_failing_job_says_why(folder):
+    """The log is shown through a pipe, which must not hide the job's failure."""
+    (folder / "source.parquet").write_text("no parquet")
+    done = snakemake(
+        folder, "prompts", "--configfile", "config/smoke.yaml", "--config", "prompts={source: source.parquet}"
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "non-zero exit status 2" in told
+    assert re.search("^hires prompts: source.parquet: not a readable parquet file", told, re.MULTILINE)
+    assert not (folder / "results/smoke/prompts.parquet").exists()
+
+
 def test_command_line_overrides_single_keys(folder):
     done = snakemake(
         folder, "-n", "prompts", "--configfile", "config/smoke.yaml", "--config", "compute={shard_size: 1}"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ def run(config: Config, name: str, *, results: Path | None = None, output: Path 
     figures/, `results` when None. Declared output: `layout.notebook`, or <output>/figures/notebooks/<name>.ipynb.
     HiresError for a parameter that the notebook's `parameters` cell lacks, and for a cell that fails.
     """
-    if name not in config.notebooks:
-        raise unknown("notebook", name, config.notebooks)
-    parameters = {"results": str(results or config.root), **config.notebooks[name]}
     target = layout.notebook(config, name)
+    parameters = {"results": str(results or config.root), **config.notebooks[name]}
     if output:
         parameters["output"] = str(output)
         target = output / "figures" / "notebooks" / target.name
@@ -37,12 +36,23 @@ def run(config: Config, name: str, *, results: Path | None = None, output: Path 
         made.append(1)
 
 
-def execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Run `notebook` with `parameters` through papermill and store it at `target`."""
+def check_all(config: Config) -> None:
+    """HiresError for a notebook, or a parameter of one, that isn't there: known before any work is done."""
+    for name, parameters in config.notebooks.items():
+        check(NOTEBOOKS / f"{name}.ipynb", parameters)
+
+
+def check(notebook: Path, parameters: Iterable[str]) -> None:
+    """HiresError unless the notebook's `parameters` cell assigns each of these names; papermill would only warn."""
     allowed = notebook_parameters(notebook)
     for name in parameters:
         if name not in allowed:
             raise unknown(f"parameter of {notebook}", name, allowed)
+
+
+def execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Run `notebook` with `parameters` through papermill and store it at `target`."""
+    check(notebook, parameters)
     with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
         values = Path(folder) / "parameters.yaml"
         values.write_text(yaml.safe_dump(parameters))
@@ -57,8 +67,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
 def notebook_parameters(notebook: Path) -> set[str]:
     """Names that the cell tagged `parameters` assigns."""
     if not notebook.exists():
-        known = ", ".join(sorted(path.stem for path in notebook.parent.glob("*.ipynb")))
-        raise HiresError(f"no notebook {notebook}; {notebook.parent} holds: {known or 'none'}")
+        raise unknown("notebook", notebook.stem, (path.stem for path in notebook.parent.glob("*.ipynb")))
     cells = [c for c in read_json(notebook)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if not cells:
         raise HiresError(f"{notebook} has no cell tagged parameters: tag the one that assigns the defaults")

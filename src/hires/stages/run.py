@@ -27,6 +27,7 @@ def run(config: Config) -> None:
     Finished files are kept. Tables and pages are made again when they are older than what they are made from, or than
     the last change of the configuration.
     """
+    notebook.check_all(config)
     changed = store_config(config)
     if _old([layout.prompts(config)], [changed]):
         prompts.run(config)
