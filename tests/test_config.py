@@ -121,6 +121,11 @@ def test_own_variants_join_the_built_in_ones(tmp_path):
         (("metrics", "patch", {"size": 512}), ("metrics.patch.size = 512", "256")),
         (("variants", {"npa": {}}), ("variants.npa", "built-in")),
         (("variants", {"new": {"attention": "dens"}}), ("variants.new.attention", "did you mean 'dense'?")),
+        (("name", "reference"), ("name = 'reference'", "choose another")),
+        (
+            ("studies", "main", "settings", {"a": {"tau": 20, "num_inference_steps": 5}}),
+            ("settings.a (tiny-", "no step"),
+        ),
         (("notebooks", {"02_ablation": ["study"]}), ("notebooks.02_ablation", "must be a mapping")),
         (("prompts", "scenes", {"pool": 3}), ("prompts.scenes.pool = 3", "prompts.n = 4")),
         (("studies", {}), ("studies: must not be empty",)),

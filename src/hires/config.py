@@ -28,6 +28,7 @@ HINTS = {  # what a pattern means, for the error and the README
     f"^{SIZE}$": "height x width in pixels, such as 512x768",
     "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
 }
+TAKEN = ("reference", "train", "tables", "figures")  # folders of results/ that are no configuration's
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 
@@ -192,6 +193,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names_and_sizes(self) -> Self:
+        if self.name in TAKEN:
+            raise HiresError(f"name = {self.name!r}: results/{self.name} is for other things; choose another name")
         for name in self.own_variants:
             if name in VARIANTS:
                 raise HiresError(f"variants.{name}: a built-in variant has this name; choose another one")
@@ -210,6 +213,7 @@ class Config(Section):
                     )
                 for backbone in study.backbones:
                     self._check_size(f"{place} ({backbone})", *parse_size(size), backbone, study)
+            self._check_taus(name, study)
         return self
 
     def _check_size(self, place: str, height: int, width: int, backbone: str, study: Study) -> None:
@@ -222,6 +226,16 @@ class Config(Section):
                 check_multiple(height, width, entry.size_multiple)
         except HiresError as error:
             raise _at(place, error) from None
+
+    def _check_taus(self, name: str, study: Study) -> None:
+        """τ must leave a step, where it and the steps are stated here."""
+        if any(self.variants()[v].start == "base" and self.variants()[v].denoise for v in study.variants):
+            for setting in study.settings:
+                for backbone in study.backbones:
+                    try:
+                        self.sampling(name, setting, backbone).stage_steps()
+                    except HiresError as error:
+                        raise _at(f"studies.{name}.settings.{setting} ({backbone})", error) from None
 
     @model_validator(mode="after")
     def _amounts(self) -> Self:

@@ -58,6 +58,21 @@ class Sampling(BaseModel):
             name = ".".join(map(str, first["loc"]))
             raise HiresError(f"setting {name} = {first['input']!r}: {first['msg'].lower()}") from None
 
+    def stage_steps(self) -> int | None:
+        """Steps of a stage that starts at τ: round(N·τ/1000) of N (paper: 20 of 50); None where N or τ is not stated.
+
+        HiresError where none is left.
+        """
+        if self.num_inference_steps is None or self.tau is None:
+            return None
+        count = int(self.num_inference_steps * self.tau / 1000 + 0.5)
+        if count < 1:
+            raise HiresError(
+                f"tau = {self.tau:g} of {self.num_inference_steps} steps leaves no step: give tau (strength: its "
+                f"thousandth) from {500 / self.num_inference_steps:.4g} to 1000, or more steps"
+            )
+        return count
+
     def over(self, base: "Sampling") -> "Sampling":
         """These settings on top of `base`: a field that was given here and is not None wins."""
         given = {k: v for k, v in self.model_dump(exclude_unset=True).items() if v is not None}

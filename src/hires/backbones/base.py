@@ -136,15 +136,9 @@ class Backbone(ABC):
 
     def first_step(self, sampling: Sampling) -> int:
         """Index of the first step of a stage: the last round(N·τ/1000) of N steps are run (paper: 20 of 50)."""
-        steps = sampling.num_inference_steps or 1
-        share = (sampling.tau or 0) / 1000
-        count = int(steps * share + 0.5)
-        if count < 1:
-            raise HiresError(
-                f"tau = {sampling.tau:g} of {steps} steps leaves no step: give tau (strength: its thousandth) from "
-                f"{500 / steps:.4g} to 1000, or more steps"
-            )
-        return steps - count
+        kept = sampling.stage_steps()
+        assert kept is not None and sampling.num_inference_steps is not None  # every family has defaults
+        return sampling.num_inference_steps - kept
 
     @torch.no_grad()
     def encode(

@@ -65,7 +65,7 @@ def _image_row(config: Config, images: ImageSet) -> Row:
     stages, base = [target], None
     if variant.start == "base":
         base, *stages = stage_sizes(*target, entry.base_resolution, entry.size_multiple, variant.stages)
-        steps = _kept(sampling) if variant.denoise else 0
+        steps = sampling.stage_steps() if variant.denoise else 0
     area = math.prod(target)
     seconds = None
     if steps is not None and entry.model in STEP:
@@ -93,13 +93,6 @@ def _image_row(config: Config, images: ImageSet) -> Row:
         ", ".join(f"{h}x{w}: {'?' if steps is None else steps}" for h, w in stages),
         None if seconds is None else count * seconds,
     )
-
-
-def _kept(sampling: Sampling) -> int | None:
-    """Steps of a stage that starts at τ: round(N·τ/1000) of N."""
-    if sampling.num_inference_steps is None or sampling.tau is None:
-        return None
-    return int(sampling.num_inference_steps * sampling.tau / 1000 + 0.5)
 
 
 def _sampling(config: Config, study: str, setting: str, backbone: str) -> Sampling:
@@ -151,8 +144,7 @@ def _taus(config: Config) -> list[str]:
     for images in config.image_sets():
         variant = config.variants()[images.variant]
         sampling = _sampling(config, images.study, images.setting, images.backbone)
-        kept = _kept(sampling)
-        if variant.start == "base" and variant.denoise and kept is not None:
+        if variant.start == "base" and variant.denoise and (kept := sampling.stage_steps()) is not None:
             steps = sampling.num_inference_steps or 1
             key = f"{images.study}, {images.setting}, {images.backbone}"
             lines[key] = f"{key}: {steps} steps, τ {sampling.tau:g} → {kept} of {steps} ({kept / steps:.3f})"
