@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from PIL import Image, ImageFilter
 from hires import layout
 from hires.cli import main
 from hires.config import load_config
+from hires.errors import HiresError
 from hires.metrics import Features, load_clip, load_features
 from hires.metrics.scores import PAIRED, TIDY
 from hires.models import build_clip
@@ -201,6 +203,19 @@ def test_mistakes_are_one_line(config, capsys):
     assert main(["metrics", "--config", "config.yaml"]) == 2
     assert "hires scores" in capsys.readouterr().err
     path.write_bytes(data)
+
+
+def test_a_full_disk_keeps_the_old_features(config):
+    path = layout.reference_features(config, 128, 192)
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    features = Features.load(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(HiresError, match=r"cannot write .*finished work is kept"):
+            features.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and not list(path.parent.glob(".*"))
 
 
 def test_a_damaged_image_is_named(config, capsys):

@@ -415,7 +415,7 @@ def test_wrong_parameters_are_refused_before_anything_runs(tmp_path):
     write_notebook(tmp_path / "m.ipynb", "prompts = 1", tags=())
     with pytest.raises(HiresError, match="no cell tagged parameters"):
         notebook.execute(tmp_path / "m.ipynb", tmp_path / "out.ipynb", {})
-    with pytest.raises(HiresError, match="holds: m, n"):
+    with pytest.raises(HiresError, match="unknown notebook 'o': allowed: m, n"):
         notebook.execute(tmp_path / "o.ipynb", tmp_path / "out.ipynb", {})
 
 
@@ -431,6 +431,13 @@ def test_provenance_names_the_code_but_not_the_machine(config):
     text = json.dumps(record)
     assert socket.gethostname() not in text.replace(record["cpu"], "") or len(socket.gethostname()) < 4
     assert str(Path.home()) not in text and str(Path.cwd()) not in text
+
+
+def test_provenance_needs_the_images(config, capsys):
+    shutil.rmtree("results/tested/base")
+    assert main(["provenance", "--config", "config.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert "shard-000.json does not exist: make the images first" in err and err.count("\n") == 1
 
 
 def test_the_stored_configuration_reads_back_equal(config):

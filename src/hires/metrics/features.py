@@ -9,14 +9,14 @@ from typing import Any, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hires.errors import HiresError
 from hires.metrics.networks import Clip, FeatureNetwork
 from hires.metrics.pixels import Pixels, Reader, Source
 from hires.scenes import COLOURS, scene
-from hires.storage import replacing
+from hires.storage import write_bytes
 
 VERSION = 1
 CHUNK = 8  # images that one thread reads and embeds at a time
@@ -61,8 +61,7 @@ class Features:
     def save(self, path: Path) -> None:
         """Write safetensors, whole or not at all; the same features give the same bytes."""
         record = {"version": VERSION, "ids": self.ids, "seeds": self.seeds, **self.metadata}
-        with replacing(path) as temporary:
-            save_file(self.tensors, temporary, {"hires": json.dumps(record, sort_keys=True)})
+        write_bytes(path, save(self.tensors, {"hires": json.dumps(record, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from hires.errors import HiresError
 from hires.scenes.captions import caption
 from hires.scenes.world import scene, stream_of
+from hires.storage import replacing
 
 SCHEMA = pa.schema(
     [
@@ -54,7 +55,5 @@ def write_parquet(path: str | os.PathLike[str], ids: Iterable[int], *, width: in
                 "hash": int(np.uint64((scene_id + 1) * 0xD6E8FEB86659FD93 % 2**64).astype(np.int64)),
             }
         )
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), unfinished)
-    unfinished.replace(target)
+    with replacing(Path(path)) as unfinished:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), unfinished)

@@ -23,5 +23,4 @@ def write_scenes(config: Config, path: Path) -> None:
     from hires.scenes import scene_ids, write_parquet
 
     pool = config.prompts.scenes
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(path, scene_ids("held-out", pool.pool), width=pool.width, height=pool.height)
