@@ -8,7 +8,7 @@ from hires import layout, shards
 from hires.config import Config
 from hires.errors import HiresError
 from hires.prompts import Prompt, read_prompts
-from hires.stages import VERSIONS
+from hires.stages import VERSIONS, models
 from hires.stages.images import image_sets
 from hires.storage import digest, read_json, sha256
 
@@ -58,6 +58,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], device: st
 
     weights = [sha256(file) for name in (config.metrics.features, config.metrics.clip) for file in clip_files(name)]
     settings, prompts = config.metrics, {p.id: p for p in read_prompts(layout.prompts(config))}
+    models.quiet("transformers")
     torch.set_num_threads(config.compute.threads)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with shards.told(what, len(work)) as made:

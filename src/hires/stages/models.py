@@ -1,6 +1,7 @@
 """Models as the stages need them: loaded once, and told apart without being loaded."""
 
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,16 @@ def load(config: Config, backbone: str, device: str) -> "Backbone":
 def _load(model: str, weights: Any, dtype: str, device: str) -> "Backbone":
     from hires.backbones import load
 
+    quiet("diffusers", "transformers")
     return load(model, device=device, dtype=dtype, weights=weights)
+
+
+def quiet(*libraries: str) -> None:
+    """No progress bars while loading, and no word on each prompt that is cut: protocols of the scores count them."""
+    for library in libraries:
+        speech = import_module(f"{library}.utils.logging")
+        speech.disable_progress_bar()
+        speech.set_verbosity_error()
 
 
 def files(entry: BackboneEntry) -> list[Path]:
