@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hires.backbones import Backbone
-from hires.cascade import base_latents, cascade, decode, seed_stage, to_images, to_pixels
+from hires.cascade import Meter, base_latents, cascade, decode, seed_stage, to_images, to_pixels
 from hires.errors import HiresError
 from hires.models import HINTS, build_pipeline
 from hires.settings import Sampling
@@ -57,8 +57,16 @@ def test_stages_of_a_target(backbone):
     for stage in stages:
         assert stage.latents.shape == (1, 16, stage.height // 8, stage.width // 8)
         assert stage.latents.dtype == torch.float32 and stage.latents.isfinite().all()
-        assert stage.seconds > 0 and stage.peak_bytes >= 0 and stage.pixels is None
+        assert stage.seconds > 0 and stage.peak_bytes > 2**24 and stage.pixels is None
     assert decode(backbone, stages[-1])[0].size == (288, 384)
+
+
+def test_the_peak_is_that_of_the_block_alone():
+    with Meter(torch.device("cpu")) as large:
+        torch.ones(100_000_000)
+    with Meter(torch.device("cpu")) as small:
+        torch.ones(25_000_000)
+    assert 250e6 < large.peak_bytes - small.peak_bytes < 350e6 and small.peak_bytes > 100e6
 
 
 def test_single_jump_and_target_at_the_base(backbone):

@@ -4,10 +4,12 @@ ScaleDiff's cascade (arXiv 2510.25818) with every part a choice of the variant; 
 paper are other choices in the same table (`hires.variants`).
 """
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,8 @@ class Stage:
         pixels: images (n, 3, height, width) in [−1, 1] where the stage made them itself, else None.
         steps: denoising steps that were run here: 0 for latents or an image that were given.
         seconds: wall time of the stage for the whole batch, from upsampling to clean latents.
-        peak_bytes: most memory held by torch on the GPU; on a CPU, by how much the process's peak grew.
+        peak_bytes: most memory held during the stage, the model included: by torch on the GPU; on a CPU the resident
+            memory of the whole process, libraries too (outside Linux since its start).
     """
 
     name: str
@@ -68,7 +71,8 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._resident = _resident_peak()
+        else:
+            _reset_resident_peak()
         self._start = time.perf_counter()
         return self
 
@@ -77,12 +81,21 @@ class Meter:
             torch.cuda.synchronize(self.device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak_bytes = _resident_peak() - self._resident
+            self.peak_bytes = _resident_peak()
         self.seconds = time.perf_counter() - self._start
 
 
+def _reset_resident_peak() -> None:
+    with contextlib.suppress(OSError):  # only Linux has it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def seed_stage(generators: Sequence[Generator], seeds: Sequence[int], stage: int) -> None:
