@@ -111,6 +111,7 @@ def test_contrasts_turn_pairs_round(run):
 def test_differences_are_bold_where_zero_is_left_out(run):
     shown = tables.differences(tables.contrasts(run.paired)).iloc[0]
     assert shown[tables.metric("repetition").title] == "**−0.20 [−0.35, −0.05]**"
+    assert tables.excludes_zero(-2, -1) and not tables.excludes_zero(-1, 1) and not tables.excludes_zero(-1, -1)
     assert shown[tables.metric("clip").title] == "+0.10 [−0.05, +0.25]"
 
 

@@ -333,6 +333,10 @@ def test_one_image_has_no_interval(references, blurred):
     assert "fid_patch" in rows.index
     assert rows["flag"].str.contains("one prompt: no interval").all()
     assert (rows["low"] == rows["high"]).all()
+    two = blurred.take([4, 5])
+    rows = frame(score(two, references, settings(), per_image(two, settings().scores))).set_index("metric")
+    assert rows["flag"].str.contains("two prompts: no interval").all() and "fid" in rows.index
+    assert (rows["low"] == rows["high"]).all()
 
 
 def test_blur_is_seen(references, blurred):

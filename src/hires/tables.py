@@ -126,6 +126,11 @@ def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Data
     return pd.DataFrame(rows)
 
 
+def excludes_zero(low: float, high: float) -> bool:
+    """Whether an interval tells its difference from zero; one without width, as of two prompts, tells nothing."""
+    return low < high and (low > 0 or high < 0)
+
+
 def contrasts(paired: pd.DataFrame, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> pd.DataFrame:
     """The rows of `paired` for these pairs (a, b), turned round where the table holds b − a."""
     flipped = paired.assign(
@@ -231,7 +236,7 @@ def _best(rows: pd.DataFrame, shown: Metric) -> str:
 
 def _tested(test: Any, shown: Metric) -> str:
     text = interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
-    if test.low <= 0 <= test.high:
+    if not excludes_zero(test.low, test.high):
         verdict = "no difference can be told"
     else:
         verdict = "better" if (test.difference < 0) == (shown.better == "lower") else "worse"
@@ -260,7 +265,7 @@ def _groups(metrics: pd.DataFrame):
 
 def _difference(row: pd.Series, scale: float) -> str:
     text = interval(row["difference"] * scale, row["low"] * scale, row["high"] * scale, signed=True)
-    return f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
+    return f"**{text}**" if excludes_zero(row["low"], row["high"]) else text
 
 
 def _cell(row: pd.Series, scale: float, digits: int | None = None) -> str:

@@ -53,7 +53,7 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
                 for row in where(paired, metric=name, a=a, b=b).itertuples():
                     value, low, high = row.difference * scale, row.low * scale, row.high * scale
                     axis.plot([low, high], [y, y], color=colour(a))
-                    face = "white" if low <= 0 <= high else colour(a)
+                    face = colour(a) if tables.excludes_zero(low, high) else "white"
                     axis.plot(value, y, marker(a), color=colour(a), markerfacecolor=face)
             axis.set_title(tables.metric(name).heading, loc="left")
             axis.set_xlabel(tables.metric(name).unit)

@@ -182,7 +182,8 @@ class _Scorer:
 
     @property
     def several(self) -> bool:
-        return self.draws.shape[1] > 1
+        """Whether there is an interval: two prompts give one and the same resample (see `bootstrap.draw_prompts`)."""
+        return self.draws.shape[1] > 2
 
     def samples(self, name: str, patch: bool) -> tuple[Tensor, Tensor]:
         name = f"crop_{name}" if patch else name
@@ -218,7 +219,7 @@ class _Scorer:
         if metric in ("fid", "kid", "is") and n < least:
             flags.insert(0, f"n = {n}, below {least}")
         if not self.several:
-            flags.append("one prompt: no interval")
+            flags.append(f"{('one prompt', 'two prompts')[self.draws.shape[1] - 1]}: no interval")
             replicates = np.array([value])
         elif centre:
             replicates = centred(replicates, value)
