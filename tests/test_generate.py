@@ -1,6 +1,8 @@
 """`hires.generate` and `hires generate`."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -146,3 +148,10 @@ def test_command_refuses_in_one_line(arguments, message, capsys):
     assert cli(*arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_wrong_arguments_are_told_before_torch_is_imported():
+    command = "import sys; from hires.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    wrong = ["generate", "--prompt", "a cone", "--variant", "npa+sq"]
+    done = subprocess.run([sys.executable, "-c", command, *wrong], capture_output=True, text=True)
+    assert done.returncode == 0 and "did you mean 'npa+sg'" in done.stderr

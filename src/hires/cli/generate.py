@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hires.errors import HiresError
+from hires.variants import VARIANTS, variant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", required=True, help="what the image shows")
     parser.add_argument("--size", default="512", help="HEIGHTxWIDTH in pixels, or the side of a square")
-    parser.add_argument("--variant", default="scalediff", help="a name of hires.variants.VARIANTS")
+    parser.add_argument("--variant", default="scalediff", help=", ".join(VARIANTS))
     parser.add_argument("--seed", type=int, default=0, help="the image's seed, 0 or more")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling setting, e.g. tau=300; repeatable"
@@ -35,14 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-    from hires.backbones import load
-    from hires.cascade import Stage, decode
-    from hires.generation import record
-    from hires.generation import run as stages
     from hires.settings import Sampling
     from hires.sizes import parse_size
     from hires.storage import replacing
-    from hires.variants import variant
 
     height, width = parse_size(args.size)
     chosen = variant(args.variant)
@@ -57,6 +53,12 @@ def run(args: argparse.Namespace) -> None:
             image = Image.open(args.image).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise HiresError(f"--image {args.image}: {error}") from None
+
+    from hires.backbones import load  # seconds to import: not for an argument that is wrong anyway
+    from hires.cascade import Stage, decode
+    from hires.generation import record
+    from hires.generation import run as stages
+
     backbone = load(args.model, args.device, args.dtype, args.weights)
 
     def save(stage: Stage, path: Path) -> None:
