@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -129,6 +130,13 @@ def test_images_are_those_of_the_library(config):
         (expected,) = hires.generate(backbone, prompt.prompt, images_of.variant, height=256, width=256, seed=0, **given)
         found = Image.open(layout.image(config, images_of, prompt.id, 0))
         assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_a_job_runs_on_its_own_threads(config):
+    before = torch.get_num_threads()
+    models.load(load_config("config.yaml", {"compute": {"threads": before + 1}}), "flux", "cpu")
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
 
 
 def test_base_latents(config):

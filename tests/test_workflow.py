@@ -101,6 +101,13 @@ def test_lint(folder):
     assert "your workflow is in a good condition" in done.stdout + done.stderr
 
 
+def test_every_job_depends_on_the_version_of_its_stage():
+    for file in (ROOT / "rules").glob("*.smk"):
+        for rule in re.split(r"^ *rule\b", file.read_text(), flags=re.MULTILINE)[1:]:
+            stage = re.search(r'"hires (\w+) ', rule)
+            assert stage and f'version=VERSIONS["{stage[1]}"]' in rule, rule
+
+
 def test_a_wrong_key_is_told_in_one_line(folder):
     done = snakemake(folder, "-n", "--config", "compute={shard_sise: 4}")
     assert done.returncode != 0
