@@ -14,6 +14,7 @@ from hires.provenance import store_config
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
 from hires.stages.notebook import check_all
+from hires.storage import claim
 
 ENVIRONMENT = "../environment.yml"
 
@@ -144,6 +145,17 @@ CONFIG = configured()
 CONFIG_FILE = str(store_config(CONFIG))
 ENCODERS = sorted({path for name in (CONFIG.metrics.features, CONFIG.metrics.clip) for path in folder_files(name)})
 GPUS = int(uses_gpu(CONFIG.compute.device))
+
+
+claims = []  # held until this process ends
+
+
+onstart:
+    if workflow.is_main_process:
+        try:
+            claims.append(claim(CONFIG.root))
+        except HiresError as error:
+            raise WorkflowError(str(error))
 
 
 wildcard_constraints:

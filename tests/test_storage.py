@@ -13,6 +13,7 @@ import pytest
 from hires.devices import gpus, locked_device, uses_gpu
 from hires.errors import HiresError
 from hires.storage import (
+    claim,
     digest,
     read_json,
     replacing,
@@ -109,6 +110,22 @@ def test_digests(tmp_path):
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1}) == digest({"a": 1, "b": (1, 2)})
     values = [{}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"a": None}, {"b": 1}, {"a": [1]}, {"a": [1, 2]}]
     assert len({digest(value) for value in values}) == len(values)
+
+
+def test_a_folder_is_claimed_until_the_process_ends(tmp_path):
+    child = start(
+        "import pathlib, sys\n"
+        "from hires.storage import claim\n"
+        f"held = claim(pathlib.Path({str(tmp_path)!r}))\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(HiresError, match="another run is writing"):
+        claim(tmp_path)
+    child.kill()
+    child.wait()
+    with claim(tmp_path):
+        pass
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from hires.config import load_config
 from hires.models import HINTS, build_pipeline
-from hires.storage import read_json, write_json
+from hires.storage import claim, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +131,22 @@ def test_a_failing_job_says_why(folder):
     assert done.returncode != 0 and "non-zero exit status 2" in told
     assert re.search("^hires prompts: source.parquet: not a readable parquet file", told, re.MULTILINE)
     assert not (folder / "results/smoke/prompts.parquet").exists()
+
+
+def test_a_killed_run_does_not_stop_the_next(folder):
+    small = ("prompts", "--configfile", "config/smoke.yaml")
+    with claim(folder / "results/smoke"):
+        done = snakemake(folder, *small)
+        assert done.returncode != 0 and "another run is writing to results/smoke" in done.stdout + done.stderr
+        assert snakemake(folder, *small, "-n").returncode == 0
+    command = [Path(sys.executable).parent / "snakemake", "--snakefile", ROOT / "Snakefile", *small]
+    child = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "Job" not in (line := child.stderr.readline()) or "stats" in line:
+        assert child.poll() is None
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    done = snakemake(folder, *small)
+    assert done.returncode == 0 and (folder / "results/smoke/prompts.parquet").is_file(), done.stderr
 
 
 def test_command_line_overrides_single_keys(folder):

@@ -1,7 +1,7 @@
 """Files that are either whole or absent, and the digests that tell whether a finished one still fits.
 
 Everything a stage writes goes to a temporary name in the same folder and is renamed: a killed run leaves only whole
-files. One process writes one file; Snakemake's working-directory lock sees to it.
+files. One run at a time writes to a results folder: `claim` sees to it.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from hires.errors import HiresError
 
@@ -31,6 +33,18 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim(folder: Path) -> AcquireReturnProxy:
+    """Lock a results folder against a second run, until the block or the process ends, however it ends.
+
+    Snakemake's own lock would outlive a killed run and stop the next one. HiresError when another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise HiresError(f"another run is writing to {folder}: wait for it, or end it first") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -19,6 +19,7 @@ from hires.stages import (
     report,
     scores,
 )
+from hires.storage import claim
 
 
 def run(config: Config) -> None:
@@ -28,6 +29,11 @@ def run(config: Config) -> None:
     the last change of the configuration.
     """
     notebook.check_all(config)
+    with claim(config.root):
+        _run(config)
+
+
+def _run(config: Config) -> None:
     changed = store_config(config)
     if _old([layout.prompts(config)], [changed]):
         prompts.run(config)
