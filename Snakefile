@@ -1,4 +1,4 @@
-# Everything of one configuration: snakemake --cores all [--configfile config/paper.yaml] [--config name=trial]
+# Everything of one configuration: snakemake --cores all [--configfile config/smoke.yaml] [--config name=trial]
 # Parts of it: prompts, images, metrics, report. `figures` redraws results/reference from its stored scores.
 
 

@@ -1,6 +1,6 @@
 """Make an image from a prompt, or from your own image, and write it as a PNG that carries its parameters.
 
-Example: hires generate --model tiny-flux --prompt "three red cubes" --size 512 --variant scalediff --out cubes.png
+Example: hires generate --model tiny-flux --prompt "three red rings on a brick wall" --size 512 --out rings.png
 """
 
 import argparse
