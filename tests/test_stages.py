@@ -247,7 +247,8 @@ def start_shard(shard, **options):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on(config, how):
     before = unfinished(config)
-    child = start_shard(0)
+    # A test run in the background ignores Ctrl-C, and so would its children.
+    child = start_shard(0, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not list(Path("results/tested/images").rglob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)
