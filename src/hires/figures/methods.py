@@ -34,7 +34,7 @@ def attention_windows(grid: tuple[int, int], window: int, chosen: Sequence[int])
     boxes = npa_patches(grid, window)
     with style():
         count = len(chosen) + 1
-        figure, (axes,) = panels(1, count, PAGE_WIDTH / count * height / width + 0.35)
+        figure, (axes,) = panels(1, count, PAGE_WIDTH / count * height / width + 0.5)
         for axis in axes:
             axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[0, width], yticks=[0, height])
             axis.set_xticks(range(width + 1), minor=True)
@@ -44,6 +44,8 @@ def attention_windows(grid: tuple[int, int], window: int, chosen: Sequence[int])
             axis.spines[:].set_visible(True)
             for query, _ in boxes:
                 axis.add_patch(_rectangle(query, fill=False, edgecolor="#555555", linewidth=0.7))
+            axis.set_xlabel("column (tokens)", labelpad=-4)
+        axes[0].set_ylabel("row (tokens)", labelpad=-6)
         axes[0].set_title(f"{len(boxes)} query patches", loc="left")
         for axis, index, shade in zip(axes[1:], chosen, _SHADES):
             query, keys = boxes[index]
