@@ -64,7 +64,7 @@ def test_the_default_covers_every_variant_on_both_backbones():
     config = load_config(CONFIG / "config.yaml")
     made = {(s.backbone, s.variant, s.size) for s in config.image_sets() if s.study == "main"}
     assert made == {(b, v, s) for b in ("tiny-flux", "tiny-sdxl") for v in VARIANTS for s in ("256x256", "512x512")}
-    assert len({s.setting for s in config.image_sets() if s.study == "tau"}) == 5
+    assert len({s.setting for s in config.image_sets() if s.study == "tau"}) == 6
 
 
 def test_image_sets_are_the_product_of_a_study(tmp_path):

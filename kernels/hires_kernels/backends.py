@@ -5,13 +5,15 @@ only (anything heavier inside the functions), and one line in `BACKENDS`. Its ch
 explains a refusal.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
-from hires_kernels import reference, sdpa
+from hires_kernels import fused, reference, sdpa
 from hires_kernels.errors import KernelError
 
 
@@ -39,7 +41,36 @@ def _anything(problem: Problem) -> None:
     return None
 
 
+def interpreted() -> bool:
+    """Triton's own switch: kernels run line by line on the CPU, for tests. "auto" leaves them alone then."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+TRITON_OPERATIONS = ("neighborhood_patch_attention",)
+HEAD_DIMS = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _triton(problem: Problem) -> str | None:
+    if problem.operation not in TRITON_OPERATIONS:
+        return f"it runs {', '.join(TRITON_OPERATIONS)}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if problem.device.type != "cuda" and not interpreted():
+        return f"it needs a CUDA device, got {problem.device.type}"
+    if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_name(problem.device)}"
+    if problem.dtype not in DTYPES:
+        return f"it needs float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
+    if problem.needs_grad:
+        return "it has no backward pass"
+    return None
+
+
 BACKENDS: dict[str, Backend] = {  # in order of preference
+    "triton": Backend(fused, "fused Triton kernels", _triton),
     "sdpa": Backend(sdpa, "gathered windows, scaled_dot_product_attention", _anything),
     "reference": Backend(reference, "the definition, plain PyTorch", _anything),
 }
@@ -57,7 +88,8 @@ def choose(name: str, problem: Problem) -> ModuleType:
     """
     refusals = explain(problem)
     if name == "auto":
-        name = next(backend for backend, reason in refusals.items() if reason is None)
+        tests_only = ("triton",) if interpreted() else ()
+        name = next(backend for backend, reason in refusals.items() if reason is None and backend not in tests_only)
     elif name not in refusals:
         raise KernelError(f"unknown backend {name!r}: allowed: auto, {', '.join(BACKENDS)}")
     elif refusals[name] is not None:

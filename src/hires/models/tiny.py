@@ -63,7 +63,7 @@ HINTS: dict[str, dict[str, Any]] = {
             "num_inference_steps": 28,
             "guidance_scale": 2.0,
             "vae_tiling": False,
-            "tau": 340,
+            "tau": 480,
             "lfm_factor": 0.25,
             "sg_factor": 0.25,
             "gamma": "one_minus_alpha_bar",
@@ -232,12 +232,14 @@ def build_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
                 scheduler=scheduler, vae=vae, transformer=build_flux_transformer(), **text
             )
         else:
+            # SDXL's schedule, down to no signal at all: what is left of the mean would decide the background.
             scheduler = EulerDiscreteScheduler(
                 beta_start=0.00085,
                 beta_end=0.012,
                 beta_schedule="scaled_linear",
-                timestep_spacing="leading",
-                steps_offset=1,
+                prediction_type="v_prediction",
+                rescale_betas_zero_snr=True,
+                timestep_spacing="trailing",
             )
             pipe = StableDiffusionXLPipeline(scheduler=scheduler, vae=vae, unet=build_unet(), **text)
     for component in pipe.components.values():

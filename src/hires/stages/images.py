@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -126,18 +127,21 @@ class _Maker:
             pictures = decode(self.backbone, stage, self.sampling.vae_tiling)
         stages.append(_stage("decode", height, width, 0, cost.seconds / len(batch)))
         peak = max(peak, cost.peak_bytes)
-        for item, picture, base, wanted in zip(batch, pictures, shared, todo):
-            if wanted:
-                steps = [{**stages[0], **base}, *stages[1:]]
-                item.finish(
-                    self._encode(picture, item),
-                    seconds=round(sum(step["seconds"] for step in steps), 4),
-                    peak_bytes=peak,
-                    batch=len(batch),
-                    stages=steps,
-                    sampling=self.sampling.model_dump(),
-                    provenance=self.provenance,
-                )
+
+        def finish(item: Item, picture: "Image.Image", base: dict[str, Any]) -> None:
+            steps = [{**stages[0], **base}, *stages[1:]]
+            item.finish(
+                self._encode(picture, item),
+                seconds=round(sum(step["seconds"] for step in steps), 4),
+                peak_bytes=peak,
+                batch=len(batch),
+                stages=steps,
+                sampling=self.sampling.model_dump(),
+                provenance=self.provenance,
+            )
+
+        with ThreadPoolExecutor(self.config.compute.threads) as pool:  # compressing PNGs leaves other threads free
+            list(pool.map(finish, *zip(*(row for row, wanted in zip(zip(batch, pictures, shared), todo) if wanted))))
 
     def _base_latents(self, batch: Sequence[Item]) -> tuple[Any, list[dict[str, Any]]]:
         """Stored base latents (n, C, h, w) and what they cost; None and nothing for a start from noise."""

@@ -51,12 +51,11 @@ def train(
         ).input_ids.to(device)  # fmt: skip
 
     ids = torch.stack([tokens(""), *(tokens(f"{word} ") for word in DEGRADED)])
-    generator = torch.Generator(device).manual_seed(seed)
     forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
 
-    def loss(step: int) -> Tensor:
-        index = torch.randint(len(pixels), (batch,), device=device, generator=generator)
-        draw = torch.rand(batch, 2, device=device, generator=generator)
+    def loss() -> Tensor:
+        index = torch.randint(len(pixels), (batch,), device=device)
+        draw = torch.rand(batch, 2, device=device)
         kind = (draw[:, 0] < 0.3).int() + (draw[:, 0] < 0.15).int()
         x = degrade(normalised(pixels[index]), kind, draw[:, 1])
         words = ids[kind, index]

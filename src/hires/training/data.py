@@ -75,17 +75,14 @@ class Pool:
     Attributes:
         images: (n, 3, h, w) uint8.
         captions: n texts.
-        crops: (n, 4) original height and width, top and left in pixels, as SDXL's size conditioning has them: a view
-            at zoom z is a crop of the scene at z times the size of the view.
     """
 
     images: Tensor
     captions: list[str]
-    crops: Tensor
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"images": self.images.cpu(), "crops": self.crops.cpu()}, folder / "pool.safetensors")
+        save_file({"images": self.images.cpu()}, folder / "pool.safetensors")
         (folder / "captions.txt").write_text("\n".join(self.captions) + "\n")
 
     @classmethod
@@ -95,11 +92,11 @@ class Pool:
         if not path.is_file():
             raise HiresError(f"--pool {folder}: no pool there; write one with `hires train pool --out {folder}`")
         with safe_open(path, "pt") as file:
-            images, crops = file.get_slice("images"), file.get_slice("crops")
+            images = file.get_slice("images")
             if images.get_shape()[0] < count:
                 raise HiresError(f"--pool {folder} holds {images.get_shape()[0]} views, fewer than {count}")
             captions = (folder / "captions.txt").read_text().split("\n")[:count]
-            return cls(images[:count].to(device), captions, crops[:count].to(device))
+            return cls(images[:count].to(device), captions)
 
 
 @torch.no_grad()
@@ -108,15 +105,11 @@ def render_pool(count: int, size: int, seed: int, workers: int, device: torch.de
     chunk = min(chunk, count)
     if count < 1 or count % chunk:
         raise HiresError(f"{count} views: give a multiple of {max(chunk, 1)}, or fewer")
-    images, captions, crops = [], [], []
+    images, captions = [], []
     for views in batches(count // chunk, chunk, seed, workers):
         images.append(((views.render(size, device) + 1) * 127.5).round().to(torch.uint8))
         captions += views.captions
-        for camera in views.cameras:
-            full = size * camera.zoom
-            corner = [full * (centre - 0.5 / camera.zoom) for centre in (camera.y, camera.x)]
-            crops.append([full, full, *corner])
-    return Pool(torch.cat(images), captions, torch.tensor(crops).round().to(device))
+    return Pool(torch.cat(images), captions)
 
 
 def normalised(images: Tensor) -> Tensor:

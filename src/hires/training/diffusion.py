@@ -1,4 +1,4 @@
-"""tiny-flux (flow matching, then guidance distillation) and tiny-sdxl (ε prediction with caption dropout)."""
+"""tiny-flux (flow matching, then guidance distillation) and tiny-sdxl (v-prediction with caption dropout)."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class SDXLModel(nn.Module):
         self.unet, self.first, self.second = pipe.unet, pipe.text_encoder, pipe.text_encoder_2
 
     def forward(self, latents: Tensor, ids: Tensor, keep: Tensor, timestep: Tensor, time_ids: Tensor) -> Tensor:
-        """ε of noisy `latents` (n, 16, h, w); a caption that is not kept is replaced by zeros, as the pipeline does."""
+        """v of noisy `latents` (n, 16, h, w); a caption that is not kept is replaced by zeros, as the pipeline does."""
         first = self.first(ids, output_hidden_states=True).hidden_states[-2]
         second = self.second(ids, output_hidden_states=True)
         text = torch.cat([first, second.hidden_states[-2]], dim=-1) * keep[:, None, None]
@@ -65,13 +65,13 @@ class SDXLModel(nn.Module):
         )[0]
 
 
-def _sample(moments: Tensor, index: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+def _sample(moments: Tensor, index: Tensor, scale: float) -> Tensor:
     mean, logvar = moments[index].float().chunk(2, dim=1)
-    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    noise = torch.randn(mean.shape, device=mean.device)
     return (mean + torch.exp(0.5 * logvar) * noise) * scale
 
 
-def _flux_losses(pipe, moments, captions, batch, device, generator):
+def _flux_losses(pipe, moments, captions, batch, device):
     clip_ids = _tokens(pipe.tokenizer, [*captions, ""], device)
     t5_ids = _tokens(pipe.tokenizer_2, [*captions, ""], device)
     scale, empty = pipe.vae.config.scaling_factor, len(captions)
@@ -79,18 +79,18 @@ def _flux_losses(pipe, moments, captions, batch, device, generator):
     forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
 
     def draw(drop: float):
-        index = torch.randint(len(captions), (batch,), device=device, generator=generator)
-        z = _sample(moments, index, scale, generator)
+        index = torch.randint(len(captions), (batch,), device=device)
+        z = _sample(moments, index, scale)
         z = FluxPipeline._pack_latents(z, *z.shape)
-        noise = torch.randn(z.shape, device=device, generator=generator)
-        t = torch.sigmoid(0.7 + torch.randn(batch, device=device, generator=generator))
-        words = torch.where(torch.rand(batch, device=device, generator=generator) < drop, empty, index)
+        noise = torch.randn(z.shape, device=device)
+        t = torch.sigmoid(0.7 + torch.randn(batch, device=device))
+        words = torch.where(torch.rand(batch, device=device) < drop, empty, index)
         noisy = torch.lerp(z, noise, t[:, None, None])
         return noisy, noise - z, t, words
 
     one = torch.ones(batch, device=device)
 
-    def matching(step: int) -> Tensor:
+    def matching() -> Tensor:
         noisy, velocity, t, words = draw(DROP)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = forward(noisy, clip_ids[words], t5_ids[words], t, one)
@@ -101,9 +101,9 @@ def _flux_losses(pipe, moments, captions, batch, device, generator):
         teach = torch.compile(teacher, dynamic=False) if device.type == "cuda" else teacher
         blank = torch.full((batch,), empty, device=device)
 
-        def loss(step: int) -> Tensor:
+        def loss() -> Tensor:
             noisy, _, t, words = draw(0.0)
-            g = low + (high - low) * torch.rand(batch, device=device, generator=generator)
+            g = low + (high - low) * torch.rand(batch, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 with torch.no_grad():
                     with_text = teach(noisy, clip_ids[words], t5_ids[words], t, one).float()
@@ -116,29 +116,28 @@ def _flux_losses(pipe, moments, captions, batch, device, generator):
     return model, matching, distillation
 
 
-def _sdxl_loss(pipe, moments, captions, crops, batch, device, generator):
+def _sdxl_loss(pipe, moments, captions, batch, device):
     ids = _tokens(pipe.tokenizer, captions, device)
     scale = pipe.vae.config.scaling_factor
     alphas = pipe.scheduler.alphas_cumprod.to(device)
     model = SDXLModel(pipe).to(device).train()
     forward = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-    targets = torch.tensor([1.0, 1.0, 1.0, 2.0, 4.0, 8.0], device=device) * BASE_RESOLUTION
+    sizes = torch.tensor([1.0, 2.0, 4.0, 8.0], device=device) * BASE_RESOLUTION
 
-    def loss(step: int) -> Tensor:
-        index = torch.randint(len(captions), (batch,), device=device, generator=generator)
-        z = _sample(moments, index, scale, generator)
-        noise = torch.randn(z.shape, device=device, generator=generator)
-        timestep = torch.randint(len(alphas), (batch,), device=device, generator=generator)
+    def loss() -> Tensor:
+        index = torch.randint(len(captions), (batch,), device=device)
+        z = _sample(moments, index, scale)
+        noise = torch.randn(z.shape, device=device)
+        timestep = torch.randint(len(alphas), (batch,), device=device)
         alpha = alphas[timestep][:, None, None, None]
-        draw = torch.rand(batch, 3, device=device, generator=generator)
-        # Half the crops are said to start at 0, and any target size goes with any view: sampling does both.
-        corner = crops[index, 2:] * (draw[:, :1] < 0.5)
-        target = targets[(draw[:, 1] * len(targets)).long()]
-        time_ids = torch.cat([crops[index, :2], corner, target[:, None], target[:, None]], dim=1)
-        keep = (draw[:, 2] > DROP).float()
+        size = sizes[torch.randint(len(sizes), (batch,), device=device)][:, None]
+        corner = torch.zeros_like(size)
+        time_ids = torch.cat([size, size, corner, corner, size, size], dim=1)
+        keep = (torch.rand(batch, device=device) >= DROP).float()
+        noisy, velocity = alpha.sqrt() * z + (1 - alpha).sqrt() * noise, alpha.sqrt() * noise - (1 - alpha).sqrt() * z
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = forward(alpha.sqrt() * z + (1 - alpha).sqrt() * noise, ids[index], keep, timestep, time_ids)
-        return F.mse_loss(output.float(), noise)
+            output = forward(noisy, ids[index], keep, timestep, time_ids)
+        return F.mse_loss(output.float(), velocity)
 
     return model, loss
 
@@ -189,10 +188,9 @@ def train(
             pipe.components[part].float().requires_grad_(True).to(device)
     moments, captions = encode_pool(pipe.vae, pool), pool.captions
     print(f"{name}: {len(captions)} views encoded", flush=True)
-    generator = torch.Generator(device).manual_seed(seed)
     recipe = {"batch": batch, "pool": len(captions), "lr": lr, "ema": ema, "seed": seed, "resumed": resume is not None}
     if name == "tiny-flux":
-        model, matching, distillation = _flux_losses(pipe, moments, captions, batch, device, generator)
+        model, matching, distillation = _flux_losses(pipe, moments, captions, batch, device)
         log = fit(matching, [model], steps=steps, seconds=seconds, lr=lr, ema=ema, name=name)
         more = fit(
             distillation(1.0, 4.0), [model], steps=distil_steps, seconds=distil_seconds, lr=2e-4, decay_from=0.5,
@@ -200,7 +198,7 @@ def train(
         )  # fmt: skip
         log += [{**row, "phase": 1} for row in more]
     else:
-        model, loss = _sdxl_loss(pipe, moments, captions, pool.crops, batch, device, generator)
+        model, loss = _sdxl_loss(pipe, moments, captions, batch, device)
         log = fit(loss, [model], steps=steps, seconds=seconds, lr=lr, ema=ema, name=name)
     model.eval().requires_grad_(False)
     save(name, pipe, out)

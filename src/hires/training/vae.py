@@ -61,19 +61,16 @@ def train(
     vae = AutoencoderKL.from_pretrained(resume) if resume else build_vae()
     vae = vae.to(device, memory_format=torch.channels_last).train()
     images = pool.images
-    generator = torch.Generator(device).manual_seed(seed)
 
-    def loss(step: int) -> Tensor:
-        index = torch.randint(len(images), (batch,), device=device, generator=generator)
+    def loss() -> Tensor:
+        index = torch.randint(len(images), (batch,), device=device)
         x = normalised(images[index]).contiguous(memory_format=torch.channels_last)
         soft = batch // 6  # the cascade encodes upsampled, hence blurred, images
         blurred = F.interpolate(F.avg_pool2d(x[:soft], 2), scale_factor=2, mode="bicubic", align_corners=False)
         x = torch.cat([blurred.clamp(-1, 1), x[soft:]])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             posterior = vae.encode(x).latent_dist
-            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.randn(
-                posterior.mean.shape, device=device, generator=generator
-            )
+            z = posterior.mean + torch.exp(0.5 * posterior.logvar) * torch.randn(posterior.mean.shape, device=device)
             output = vae.decode(z).sample
             half = vae.decode(F.avg_pool2d(posterior.mean, 2)).sample
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
