@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hires_kernels
 import pytest
 import torch
 from hires_kernels import KernelError, Problem, apply_rope, explain, local_attention, neighborhood_patch_attention

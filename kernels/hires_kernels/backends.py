@@ -46,9 +46,9 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-TRITON_OPERATIONS = ("neighborhood_patch_attention",)
+TRITON_OPERATIONS = ("neighborhood_patch_attention", "qk_norm_rope")
 HEAD_DIMS = (32, 64, 128)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def _triton(problem: Problem) -> str | None:
@@ -60,8 +60,10 @@ def _triton(problem: Problem) -> str | None:
         return f"it needs a CUDA device, got {problem.device.type}"
     if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
         return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_name(problem.device)}"
-    if problem.dtype not in DTYPES:
-        return f"it needs float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
+    if problem.dtype not in DTYPES and not (interpreted() and problem.dtype == torch.float32):
+        return f"it needs float16 or bfloat16, got {str(problem.dtype).removeprefix('torch.')}"
+    if problem.dtype == torch.bfloat16 and interpreted() and problem.operation.endswith("attention"):
+        return "Triton's interpreter has no bfloat16 products"
     if problem.head_dim not in HEAD_DIMS:
         return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
     if problem.needs_grad:

@@ -1,0 +1,15 @@
+"""Backend "triton": fused kernels in the Triton language. Triton is imported at the first call."""
+
+from torch import Tensor
+
+
+def neighborhood_patch_attention(*tensors: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    from hires_kernels.fused import npa
+
+    return npa.neighborhood_patch_attention(*tensors, **options)
+
+
+def qk_norm_rope(*tensors: Tensor, **options) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    from hires_kernels.fused import prologue
+
+    return prologue.qk_norm_rope(*tensors, **options)

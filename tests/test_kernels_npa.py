@@ -1,0 +1,253 @@
+"""Fused Neighborhood Patch Attention against the definition in float64: interpreted here, compiled with -m gpu."""
+
+import pytest
+import torch
+from hires_kernels import KernelError, Problem, explain, neighborhood_patch_attention
+from hires_kernels.backends import choose
+from hires_kernels.fused import npa
+
+F64 = torch.float64
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DEVICES = [pytest.param(CPU, id="interpreter"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["triton"]
+
+
+def tensors(generator, count, *shape, dtype=torch.float32):
+    return tuple(torch.randn(*shape, generator=generator).to(dtype) for _ in range(count))
+
+
+def positions(grid, dim):
+    """(cos, sin) of a two-axis RoPE in FLUX's layout."""
+    row, col = (x.flatten().double() for x in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    speeds = 10.0 ** -torch.arange(dim // 4, dtype=F64)
+    angles = torch.cat([row[:, None] * speeds, col[:, None] * speeds], dim=1)
+    return angles.cos().float().repeat_interleave(2, 1), angles.sin().float().repeat_interleave(2, 1)
+
+
+def low_precision(device):
+    """Interpreted kernels also run in float32, where they can be exact."""
+    return torch.float32 if device == CPU else torch.bfloat16
+
+
+def check(device, image, grid, window, text=None, **options):
+    """The pass rule: error <= 2 x the error of plain PyTorch in the same precision, both against float64."""
+    options |= {"grid": grid, "window": window}
+    backend = options.pop("backend", "triton")
+
+    def run(backend, dtype, device=CPU):
+        def move(x):
+            return x.to(device=device, dtype=dtype)  # keeps the strides
+
+        inputs = None if text is None else tuple(map(move, text))
+        return neighborhood_patch_attention(*map(move, image), text=inputs, backend=backend, **options)
+
+    dtype = image[0].dtype
+    truth, plain, given = run("reference", F64), run("reference", dtype), run(backend, dtype, device)
+    for exact, low, result in zip(truth, plain, given, strict=True):
+        assert (exact is None) == (result is None)
+        if exact is None or exact.numel() == 0:
+            continue
+        assert result.dtype == dtype and result.shape == exact.shape
+        rounding = torch.finfo(dtype).eps * exact.abs().max()
+        assert (result.cpu() - exact).abs().max() <= 2 * (low - exact).abs().max() + rounding
+    return given
+
+
+CASES = {  # grid, window, text tokens, batch, heads
+    "s1": ((6, 6), (6, 6), 7, 1, 2),
+    "s2": ((8, 8), (4, 4), 1, 2, 1),
+    "s3, patch of two tiles": ((24, 24), (16, 8), 0, 1, 1),
+    "s8 panorama, no text": ((4, 32), (4, 4), None, 1, 2),
+    "ragged patches, odd window": ((7, 13), (5, 9), 7, 1, 1),
+    "long text": ((7, 8), (6, 8), 77, 1, 1),
+    "smallest window": ((5, 4), (2, 3), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_is_the_definition(case, shifted, backend, device):
+    grid, window, text_tokens, batch, heads = CASES[case]
+    generator = torch.Generator().manual_seed(len(case))
+    dtype = low_precision(device)
+    image = tensors(generator, 3, batch, grid[0] * grid[1], heads, 32, dtype=dtype)
+    text = None if text_tokens is None else tensors(generator, 3, batch, text_tokens, heads, 32, dtype=dtype)
+    shift = None
+    if shifted:
+        shift = torch.stack([torch.randint(0, side // 2 + 1, (batch,), generator=generator) for side in window], dim=1)
+    check(device, image, grid, window, text, rope=positions(grid, 32), shift=shift, backend=backend)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_geometry_and_strides(seed, backend, device):
+    generator = torch.Generator().manual_seed(100 + seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    window = draw(5, 9), draw(5, 9)
+    grid = draw(window[0], 11), draw(window[1], 12)
+    tokens, text_tokens = grid[0] * grid[1], draw(1, 20)
+    dtype = low_precision(device)
+    packed = tensors(generator, 1, 2, text_tokens + tokens, 3, 1, 64, dtype=dtype)[0]
+    if seed % 2:  # (batch, heads, tokens, dim) in memory
+        packed = packed.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
+    text, image = (x.unbind(2) for x in packed.split([text_tokens, tokens], dim=1))  # one sequence, as in FLUX
+    options = {"rope": None if seed == 2 else positions(grid, 64), "scale": 0.3}
+    options["text_rows"] = "global" if seed in (1, 2) else "patch"
+    check(device, image, grid, window, text, backend=backend, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_half_precision_and_head_dims(dim, backend, device):
+    generator = torch.Generator().manual_seed(dim)
+    grid, window = (8, 8), (8, 6)
+    for dtype in (torch.float16,) if device == CPU else (torch.float16, torch.bfloat16):
+        image = tensors(generator, 3, 1, 64, 2, dim, dtype=dtype)
+        text = tensors(generator, 3, 1, 17, 2, dim, dtype=dtype)
+        check(device, image, grid, window, text, rope=positions(grid, dim), backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("text_rows", ["patch", "global"])
+@pytest.mark.parametrize(
+    ("grid", "window", "text_tokens", "dim", "dtype"),
+    [
+        ((128, 128), (64, 64), 512, 128, torch.bfloat16),
+        ((96, 72), (38, 52), 256, 128, torch.bfloat16),
+        ((128, 128), (64, 64), None, 64, torch.float16),
+        ((64, 64), (32, 32), None, 64, torch.float16),
+    ],
+)
+def test_sizes_of_real_models(grid, window, text_tokens, dim, dtype, text_rows, backend):
+    generator = torch.Generator().manual_seed(1)
+    image = tensors(generator, 3, 1, grid[0] * grid[1], 2, dim, dtype=dtype)
+    text = None if text_tokens is None else tensors(generator, 3, 1, text_tokens, 2, dim, dtype=dtype)
+    rope = None if text is None else positions(grid, dim)
+    first = check(CUDA, image, grid, window, text, rope=rope, text_rows=text_rows, backend=backend)
+    for _ in range(3):  # a race would show
+        again = check(CUDA, image, grid, window, text, rope=rope, text_rows=text_rows, backend=backend)
+        assert all(x is y or torch.equal(x, y) for x, y in zip(first, again))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("text_rows", ["patch", "global"])
+def test_every_output_is_written_and_inputs_are_left_alone(text_rows, backend, device, monkeypatch):
+    """Fresh memory holds NaN: a token that is never written shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    generator = torch.Generator().manual_seed(13)
+    dtype = low_precision(device)
+    inputs = [*tensors(generator, 3, 2, 77, 1, 32, dtype=dtype), *tensors(generator, 3, 2, 5, 1, 32, dtype=dtype)]
+    inputs = [x.to(device) for x in inputs]
+    before = [x.clone() for x in inputs]
+    options = {"grid": (11, 7), "window": 5, "shift": torch.tensor([[2, 0], [1, 2]]), "text_rows": text_rows}
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs = neighborhood_patch_attention(
+            *inputs[:3], text=tuple(inputs[3:]), rope=positions((11, 7), 32), backend=backend, **options
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in outputs)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before))
+
+
+@pytest.mark.parametrize("layout", ["sequence", "heads first", "projection"])
+def test_descriptors_and_pointers_read_the_same_tokens(layout, monkeypatch):
+    generator = torch.Generator().manual_seed(7)
+    grid = (8, 8)
+    if layout == "heads first":
+        image = tuple(x.transpose(1, 2) for x in tensors(generator, 3, 2, 2, 64, 32))
+    elif layout == "projection":
+        image = tensors(generator, 1, 2, 64, 3, 2, 32)[0].unbind(2)
+    else:
+        image = tensors(generator, 3, 2, 64, 2, 32)
+    assert npa.described(image[1], grid, (2, 8)) is not None
+    with_descriptors = neighborhood_patch_attention(*image, grid=grid, window=4, backend="triton")[0]
+    monkeypatch.setattr(npa, "described", lambda *_: None)
+    with_pointers = neighborhood_patch_attention(*image, grid=grid, window=4, backend="triton")[0]
+    assert torch.equal(with_descriptors, with_pointers)
+
+
+def test_no_descriptor_where_strides_do_not_allow_one():
+    grid = (4, 4)
+    assert npa.described(torch.zeros(2, 19, 1, 32)[:, :16], grid, (4, 4)) is None  # samples between rows of the grid
+    assert npa.described(torch.zeros(1, 16, 1, 33)[..., :32], grid, (4, 4)) is None  # 132 bytes a token
+    assert npa.described(torch.zeros(513)[1:].view(1, 16, 1, 32), grid, (4, 4)) is None  # begins at 4 bytes
+    assert npa.described(torch.zeros(1, 19, 1, 32)[:, 3:], grid, (4, 4)) is not None
+
+
+@pytest.mark.parametrize(
+    ("window", "keys", "shape"),
+    [
+        ((64, 64), 128, (2, 64)),
+        ((32, 32), 128, (4, 32)),
+        ((76, 52), 128, (16, 8)),
+        ((16, 16), 128, (8, 16)),
+        ((5, 200), 128, (1, 128)),
+    ],
+)
+def test_tiles_waste_little(window, keys, shape):
+    assert npa.tile_shape(window, keys) == shape
+
+
+def test_samples_do_not_see_each_other():
+    generator = torch.Generator().manual_seed(17)
+    image, text = tensors(generator, 3, 2, 64, 1, 32), tensors(generator, 3, 2, 4, 1, 32)
+    shift = torch.tensor([[0, 2], [1, 1]])
+    options = {"grid": (8, 8), "window": (6, 5), "rope": positions((8, 8), 32), "backend": "triton"}
+    together = neighborhood_patch_attention(*image, text=text, shift=shift, **options)
+    for b in range(2):
+        alone = neighborhood_patch_attention(
+            *(x[b, None] for x in image), text=tuple(x[b, None] for x in text), shift=shift[b, None], **options
+        )
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together))
+
+
+def problem(**changes):
+    return Problem(
+        **{"operation": "neighborhood_patch_attention", "device": CPU, "dtype": torch.float16, "head_dim": 64} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": F64}, "needs float16 or bfloat16, got float64"),
+        ({"head_dim": 8}, "needs head_dim 32, 64, 128, got 8"),
+        ({"needs_grad": True}, "has no backward"),
+        ({"dtype": torch.bfloat16}, "interpreter has no bfloat16"),
+    ],
+)
+def test_refusals_say_what_is_supported(changes, reason):
+    given = explain(problem(**changes))["triton"]
+    assert given is None if reason is None else reason in given
+
+
+def test_the_processor_is_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA device, got cpu" in explain(problem())["triton"]
+
+
+def test_automatic_leaves_interpreted_kernels_alone():
+    assert choose("auto", problem()) is not choose("triton", problem())
+
+
+@pytest.mark.gpu
+def test_automatic_is_fused_on_cuda():
+    assert choose("auto", problem(device=CUDA)).__name__ != "hires_kernels.sdpa"
+
+
+def test_a_scale_that_is_not_positive_is_refused():
+    x = torch.zeros(1, 16, 1, 32)
+    with pytest.raises(KernelError, match=r"scale -1\.0: fused kernels need a positive one"):
+        neighborhood_patch_attention(x, x, x, grid=(4, 4), window=2, scale=-1.0, backend="triton")
