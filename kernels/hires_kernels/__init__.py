@@ -1,12 +1,14 @@
 """Attention over windows of a token grid, for ultra-high-resolution diffusion. Imports torch and nothing of hires.
 
 `neighborhood_patch_attention` is ScaleDiff's operation (arXiv 2510.25818), `local_attention` Scale-DiT's
-(arXiv 2510.16325). Tensors are (batch, tokens, heads, head_dim), grids row-major.
+(arXiv 2510.16325), `qk_norm_rope` what FLUX does to queries and keys before. Tensors are (batch, tokens, heads,
+head_dim), grids row-major.
 """
 
 from hires_kernels.backends import BACKENDS, Problem, explain
 from hires_kernels.errors import KernelError
-from hires_kernels.operations import local_attention, neighborhood_patch_attention
+from hires_kernels.library import register_flop_formulas
+from hires_kernels.operations import local_attention, neighborhood_patch_attention, qk_norm_rope
 from hires_kernels.rope import apply_rope
 
 __all__ = [
@@ -17,4 +19,6 @@ __all__ = [
     "explain",
     "local_attention",
     "neighborhood_patch_attention",
+    "qk_norm_rope",
+    "register_flop_formulas",
 ]

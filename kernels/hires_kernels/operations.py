@@ -1,13 +1,14 @@
-"""The two public operations: check the input, choose a backend, run it."""
+"""The public operations: check the input and call the operator (`hires_kernels.library`)."""
 
 import torch
 from torch import Tensor
 
-from hires_kernels.backends import Problem, choose
+from hires_kernels import library
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid
 from hires_kernels.orders import ORDERS
 
+Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -64,18 +65,22 @@ def neighborhood_patch_attention(
         raise KernelError(f"rope of shapes {shapes}: must be (cos, sin), each {(query.shape[1], query.shape[3])}")
     if shift is not None:
         _check_shift(shift, len(query), (rows, cols))
-    return choose(backend, _problem("neighborhood_patch_attention", query)).neighborhood_patch_attention(
+    query, key, value, *texts = _autocast(query, key, value, *(text or ()))
+    image, text_output = library.neighborhood_patch_attention(
         query,
         key,
         value,
-        grid=grid,
-        window=(rows, cols),
-        text=text,
-        rope=None if rope is None else (rope[0].to(query.device), rope[1].to(query.device)),
-        shift=shift,
-        text_rows=text_rows,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        texts,
+        [part.to(query.device) for part in rope or ()],
+        shift,
+        grid,
+        (rows, cols),
+        text_rows,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        backend,
+        _needs_grad(query, key, value, *texts),
     )
+    return image, None if text is None else text_output
 
 
 def local_attention(
@@ -135,25 +140,103 @@ def local_attention(
             raise KernelError(f"guidance of shapes {shapes}: must be (key, value), each {expected}")
     _check_name("guidance_neighbours", guidance_neighbours, ("row", "all"))
     _check_name("order", order, ORDERS)
-    return choose(backend, _problem("local_attention", query)).local_attention(
+    query, key, value, *others = _autocast(query, key, value, *(text or ()), *(guidance or ()))
+    image, text_output, _ = library.local_attention(
         query,
         key,
         value,
-        grid=grid,
-        form=form,
-        reach=reach,
-        text=text,
-        guidance=guidance,
-        guidance_grid=guidance_grid,
-        guidance_neighbours=guidance_neighbours,
-        order=order,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        others[: len(text or ())],
+        others[len(text or ()) :],
+        grid,
+        form,
+        reach,
+        guidance_grid or (),
+        guidance_neighbours,
+        order,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        backend,
+        _needs_grad(query, key, value, *others),
     )
+    return image, None if text is None else text_output
 
 
-def _problem(operation: str, query: Tensor) -> Problem:
-    needs_grad = torch.is_grad_enabled() and query.requires_grad
-    return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad)
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    weight: Pair,
+    rope: Pair,
+    *,
+    text: Pair | None = None,
+    text_weight: Pair | None = None,
+    places: Tensor | None = None,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """RMSNorm over the channels, then RoPE, of queries and keys in one pass: (query, key, text query, text key).
+
+    What FLUX does before attention: torch's `rms_norm`, then diffusers' `apply_rotary_emb`. Double blocks give text
+    with norm weights of its own; for single blocks give slices of the one tensor that holds text and image.
+
+    Args:
+        query, key: image tensors (batch, tokens, heads, head_dim). Any strides, views of a fused projection too.
+        weight: the norms' weights for query and key, each (head_dim,).
+        rope: (cos, sin) of the image tokens, each (tokens, head_dim), in FLUX's layout.
+        text: (query, key) of the text, each (batch, text tokens, heads, head_dim). Normalised, and rotated only with
+        places: integer tensor (copies,) of image tokens; text is rotated to the place of each, which makes text
+            outputs (batch, copies, text tokens, heads, head_dim).
+        text_weight: the norms' weights for the text, `weight` by default.
+        eps: added to the mean square.
+        scale: factor of both queries, so that attention needs none.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Raises:
+        KernelError: the shapes or the backend don't fit.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    _check_pair("query and key", (query, key), (batch, tokens, heads, head_dim))
+    _check_pair("weight", weight, (head_dim,))
+    _check_pair("rope", rope, (tokens, head_dim))
+    if text_weight is not None:
+        _check_pair("text_weight", text_weight, (head_dim,))
+    if text is not None:
+        _check_pair("text", text, (batch, text[0].shape[1], heads, head_dim))
+    if places is not None and (places.ndim != 1 or places.is_floating_point()):
+        raise KernelError(f"places {places.dtype} of shape {tuple(places.shape)}: must be an integer tensor (copies,)")
+    inputs = query, key, *(text or ()), *weight, *(text_weight or ())
+    outputs = library.qk_norm_rope(
+        query,
+        key,
+        text or (),
+        weight,
+        text_weight or (),
+        [part.to(query.device) for part in rope],
+        places if places is None else places.to(query.device),
+        eps,
+        scale,
+        backend,
+        _needs_grad(*inputs),
+    )
+    return outputs if text is not None else (outputs[0], outputs[1], None, None)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, attention runs in its dtype, as PyTorch's own does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _check_pair(name: str, pair: Pair, allowed: tuple[int, ...]) -> None:
+    if any(x.shape != allowed for x in pair):
+        shapes = ", ".join(str(tuple(x.shape)) for x in pair)
+        raise KernelError(f"{name} of shapes {shapes}: must be two of shape {allowed}")
 
 
 def _check_name(kind: str, given: str, allowed: tuple[str, ...]) -> None:
@@ -182,6 +265,3 @@ def _check_text(query: Tensor, text: Triple | None) -> None:
 def _check_shift(shift: Tensor, batch: int, window: Grid) -> None:
     if shift.shape != (batch, 2) or shift.is_floating_point():
         raise KernelError(f"shift {shift.dtype} of shape {tuple(shift.shape)}: must be an integer tensor ({batch}, 2)")
-    most = shift.new_tensor([side // 2 for side in window])
-    if ((shift < 0) | (shift > most)).any():
-        raise KernelError(f"shift {shift.tolist()}: allowed: 0 … {most.tolist()} per (row, column)")

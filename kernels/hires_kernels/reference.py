@@ -1,12 +1,14 @@
-"""The definition of both operations in plain PyTorch: any device, any dtype, no thought of speed."""
+"""The definition of every operation in plain PyTorch: any device, any dtype, no thought of speed."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from hires_kernels.geometry import Grid, Spans, local_side, local_spans, patches
 from hires_kernels.orders import inverse, permutation
 from hires_kernels.rope import rotate
 
+Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -119,3 +121,34 @@ def _mask(spans: Spans, grid: Grid) -> Tensor:
     """Boolean (queries, keys) of a grid of keys, both in raster order."""
     rows, cols = (span.mask(length) for span, length in zip(spans, grid))
     return (rows[:, None, :, None] & cols[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    *,
+    text: Pair | None,
+    weight: Pair,
+    text_weight: Pair | None,
+    rope: Pair,
+    places: Tensor | None,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    factors = scale, 1.0
+
+    def normalised(pair: Pair, weights: Pair) -> list[Tensor]:
+        return [rms_norm(x, x.shape[-1:], w, eps) for x, w in zip(pair, weights)]
+
+    def rotated(pair: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+        return [rotate(x, cos * factor, sin * factor) for x, factor in zip(pair, factors)]
+
+    image = rotated(normalised((query, key), weight), *(part[:, None] for part in rope))
+    if text is None:
+        return image[0], image[1], None, None
+    texts = normalised(text, weight if text_weight is None else text_weight)
+    if places is None:
+        texts[0] = texts[0] * scale
+    else:
+        texts = rotated([x[:, None] for x in texts], *(part[places][:, None, None] for part in rope))
+    return image[0], image[1], texts[0], texts[1]

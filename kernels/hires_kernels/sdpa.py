@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hires_kernels.geometry import Grid, Intervals, local_spans, patches
 from hires_kernels.orders import inverse, permutation
+from hires_kernels.reference import qk_norm_rope as qk_norm_rope  # nothing to gather
 from hires_kernels.rope import rotate
 
 Triple = tuple[Tensor, Tensor, Tensor]

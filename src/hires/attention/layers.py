@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
@@ -26,12 +27,22 @@ class Layer:
         return self.window[0] >= self.grid[0] and self.window[1] >= self.grid[1]
 
 
-@dataclass
 class AttentionHandle:
-    """What `use_attention` yields: the layers in call order, and the index of the denoising step, set by the loop."""
+    """What `use_attention` yields: the layers in call order, and the index of the denoising step, set by the loop.
 
-    layers: list[Layer]
-    step: int = 0
+    `place` is the same index as a tensor (1,): a compiled model would be compiled anew for every value of a number.
+    """
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers, self.place = layers, torch.zeros(1, dtype=torch.long)
+
+    @property
+    def step(self) -> int:
+        return int(self.place)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.place.fill_(step)
 
 
 def attention_layers(model: nn.Module, size: Grid, base_size: Grid) -> list[Layer]:

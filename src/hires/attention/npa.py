@@ -112,11 +112,11 @@ class NpaLayer:
         if self.shifts is None:
             return None
         steps, images = self.shifts.shape[:2]
-        if self.handle.step not in range(steps):
+        if not torch.compiler.is_compiling() and self.handle.step not in range(steps):
             raise HiresError(f"step {self.handle.step}: shifts were drawn for the steps 0 … {steps - 1}")
         if batch % images:
             raise HiresError(f"a batch of {batch}: shifts were drawn for {images} images: must be a multiple")
-        return self.shifts[self.handle.step].repeat(batch // images, 1)
+        return self.shifts.index_select(0, self.handle.place)[0].repeat(batch // images, 1)
 
     def __call__(
         self,
@@ -185,22 +185,33 @@ class FluxNpaProcessor(WindowedProcessor):
         return output
 
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
-        """What the processor returns, and the normalised image query before RoPE."""
+        """What the processor returns, and the image query as projected."""
         projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        norms = attn.norm_q.weight, attn.norm_k.weight
         if encoder_hidden_states is None:
             text_tokens = hidden_states.shape[1] - self.operation.tokens
             text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
             query, key, value = (x[:, text_tokens:] for x in (query, key, value))
+            text_norms = norms
         else:
             text_tokens = encoder_hidden_states.shape[1]
-            text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:])
-            text = attn.norm_added_q(text_query), attn.norm_added_k(text_key), text_value
+            text = tuple(x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:])
+            text_norms = attn.norm_added_q.weight, attn.norm_added_k.weight
         self.operation.check(query.shape[1], attention_mask)
-        cos, sin = (part[text_tokens:] for part in image_rotary_emb)
-        rotated = hires_kernels.apply_rope(query, (cos, sin)), hires_kernels.apply_rope(key, (cos, sin))
-        image, text_rows = (x.flatten(2) for x in self.operation(*rotated, value, text=text, rope=(cos, sin)))
+        rope = tuple(part[text_tokens:] for part in image_rotary_emb)
+        turned_query, turned_key, *turned_text = hires_kernels.qk_norm_rope(
+            query,
+            key,
+            norms,
+            rope,
+            text=text[:2],
+            text_weight=text_norms,
+            eps=attn.norm_q.eps,
+            backend="reference" if self.operation.backend == "reference" else "auto",
+        )
+        rows = self.operation(turned_query, turned_key, value, text=(*turned_text, text[2]), rope=rope)
+        image, text_rows = (x.flatten(2) for x in rows)
         if encoder_hidden_states is None:
             return torch.cat([text_rows, image], dim=1), query
         return (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text_rows)), query
@@ -227,7 +238,7 @@ class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
         ip_adapter_masks: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        adapter = self.wrapped
+        adapter, query = self.wrapped, attn.norm_q(query)
         term = torch.zeros_like(output[0])
         for prompt, scale, to_k, to_v in zip(ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip):
             key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (to_k(prompt), to_v(prompt)))
