@@ -10,6 +10,8 @@ outputs of the text rows of a patch replace its queries, in the input's precisio
 and in a fixed order.
 """
 
+from dataclasses import dataclass
+from itertools import starmap
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -342,7 +344,8 @@ def neighborhood_patch_attention(
     return image, text_image
 
 
-class Patches(NamedTuple):
+@dataclass(frozen=True)
+class Patches:
     """The tiling of one call: how many patches along each axis, and the offsets of random shifting."""
 
     grid: Grid
@@ -423,9 +426,10 @@ def attend(
         text_tokens, turned = text_value.shape[1], text_key.dim() == 5
         text_query, text_key = (x.flatten(0, -4) for x in (text_query, text_key))
         sources += [(x, (text_tokens, 1), (config.keys, 1)) for x in (text_key, text_value)]
-    tma = query.device.type == "cpu" or torch.cuda.get_device_capability(query.device) >= (9, 0)
-    found = [described(*source) for source in sources] if tma else []
-    tma = tma and None not in found
+    found: list[Source] = []
+    if query.device.type == "cpu" or torch.cuda.get_device_capability(query.device) >= (9, 0):
+        found = [source for source in starmap(described, sources) if source is not None]
+    tma = len(found) == len(sources)
     if not tma:
         found = [plain(x, source_grid) for x, source_grid, _ in sources]
     pointers, walks = [source.pointer for source in found], [source.walk for source in found]
