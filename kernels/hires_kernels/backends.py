@@ -46,7 +46,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-TRITON_OPERATIONS = ("neighborhood_patch_attention", "qk_norm_rope")
+TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope")
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -66,7 +66,7 @@ def _triton(problem: Problem) -> str | None:
         return "Triton's interpreter has no bfloat16 products"
     if problem.head_dim not in HEAD_DIMS:
         return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
-    if problem.needs_grad:
+    if problem.needs_grad and problem.operation != "local_attention":
         return "it has no backward pass"
     return None
 

@@ -5,15 +5,15 @@ from torch import Tensor
 
 from hires_kernels.geometry import Grid
 
-ORDERS = ("hilbert", "window", "raster")
+ORDERS = ("hilbert", "window", "raster", "morton")
 
 
 def permutation(order: str, grid: Grid, window: Grid = (1, 1)) -> Tensor:
     """Integer tensor (tokens,): the raster index of the token at each place of the order.
 
     `raster` is row by row, `window` goes through windows row by row and through the tokens of each likewise,
-    `hilbert` follows the Hilbert curve of the smallest power-of-two square around the grid, so that every
-    aligned power-of-two window is one contiguous run.
+    `hilbert` and `morton` follow the curves of the smallest power-of-two square around the grid, so that every
+    aligned power-of-two window is one contiguous run; on the first each token is the last one's neighbour.
     """
     height, width = grid
     row = torch.arange(height)[:, None].expand(grid).flatten()
@@ -23,7 +23,8 @@ def permutation(order: str, grid: Grid, window: Grid = (1, 1)) -> Tensor:
     if order == "window":
         across = -(-width // window[1])
         return torch.argsort(row // window[0] * across + col // window[1], stable=True)
-    return torch.argsort(_hilbert_index(row, col, 1 << (max(grid) - 1).bit_length()))
+    index = _hilbert_index if order == "hilbert" else _morton_index
+    return torch.argsort(index(row, col, 1 << (max(grid) - 1).bit_length()))
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -44,4 +45,14 @@ def _hilbert_index(row: Tensor, col: Tensor, side: int) -> Tensor:
         row, col = torch.where(mirrored, side - 1 - row, row), torch.where(mirrored, side - 1 - col, col)
         row, col = torch.where(down, row, col), torch.where(down, col, row)
         half //= 2
+    return index
+
+
+def _morton_index(row: Tensor, col: Tensor, side: int) -> Tensor:
+    """The bits of row and column in turns (Morton 1966): quadrants in the order of reading, each likewise."""
+    index = torch.zeros_like(row)
+    bit = 1
+    while bit < side:
+        index += (2 * (row & bit) + (col & bit)) * bit
+        bit *= 2
     return index

@@ -13,3 +13,21 @@ def qk_norm_rope(*tensors: Tensor, **options) -> tuple[Tensor, Tensor, Tensor | 
     from hires_kernels.fused import prologue
 
     return prologue.qk_norm_rope(*tensors, **options)
+
+
+def local_attention(*tensors: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    from hires_kernels.fused import local
+
+    return local.local_attention(*tensors, **options)
+
+
+def local_attention_with_logsumexp(*tensors: Tensor, **options) -> tuple[Tensor, Tensor | None, Tensor]:
+    from hires_kernels.fused import local
+
+    return local.local_attention_with_logsumexp(*tensors, **options)
+
+
+def local_attention_backward(*tensors: Tensor, **options) -> list[Tensor]:
+    from hires_kernels.fused import local
+
+    return local.local_attention_backward(*tensors, **options)
