@@ -401,6 +401,28 @@ def test_paired_differences_are_those_of_the_images(references, blurred):
     assert single["high"] - single["low"] > 0.01
 
 
+def test_settings_are_averaged_image_by_image(references, blurred):
+    """The mean over two settings has the value and interval of the per-image means; without all settings, none."""
+    table = per_image(blurred, ["spectrum"])
+    names = {"study": "tau", "backbone": "b", "height": 160, "width": 192}
+    bumps = [np.linspace(0, scale, len(table)) for scale in (0.2, 0.6)]
+
+    def rows(variant, setting, bump):
+        made = score(blurred, references, settings(scores=["spectrum"]), table.assign(value=table["value"] + bump))
+        return frame(made, variant=variant, setting=setting, **names)
+
+    sweep = [rows("a", name, bump) for name, bump in zip(("x", "y"), bumps)] + [rows("b", s, 0.0) for s in ("x", "y")]
+    found = paired(pd.concat(sweep)).set_index(["setting", "metric"]).sort_index()
+    averaged = paired(pd.concat([rows("a", "z", (bumps[0] + bumps[1]) / 2), rows("b", "z", 0.0)])).set_index("metric")
+    for metric in ("spectrum_low", "spectrum_mid", "spectrum_high"):
+        expected = averaged.loc[metric]
+        mean = found.loc[("mean", metric)]
+        for column in ("difference", "low", "high"):
+            assert mean[column] == pytest.approx(expected[column])
+        assert expected["low"] < expected["high"]
+    assert set(paired(pd.concat(sweep[:3]))["setting"]) == {"x"}
+
+
 def test_paired_fid_resamples_both_sides_together(references, blurred):
     names = {"study": "main", "setting": "default", "backbone": "b", "height": 160, "width": 192}
     asked = settings(scores=["fid", "kid"])

@@ -29,6 +29,7 @@ HINTS = {  # what a pattern means, for the error and the README
     "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
 }
 TAKEN = ("reference", "train", "tables", "figures")  # folders of results/ that are no configuration's
+SETTINGS_TAKEN = {"reference", "mean"}  # names that tables give to the true images and to the mean over settings
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 
@@ -213,6 +214,7 @@ class Config(Section):
                     )
                 for backbone in study.backbones:
                     self._check_size(f"{place} ({backbone})", *parse_size(size), backbone, study)
+            self._check_names(name, study)
             self._check_taus(name, study)
         return self
 
@@ -226,6 +228,10 @@ class Config(Section):
                 check_multiple(height, width, entry.size_multiple)
         except HiresError as error:
             raise _at(place, error) from None
+
+    def _check_names(self, name: str, study: Study) -> None:
+        for setting in sorted(SETTINGS_TAKEN & set(study.settings)):
+            raise HiresError(f"studies.{name}.settings.{setting}: the tables use this name themselves; choose another")
 
     def _check_taus(self, name: str, study: Study) -> None:
         """τ must leave a step, where it and the steps are stated here."""

@@ -255,19 +255,33 @@ def frame(scores: Sequence[Score], **columns) -> pd.DataFrame:
     return pd.concat([pd.DataFrame(columns, index=rows.index), rows], axis=1)
 
 
+MEAN = "mean"  # of a study's settings, where paired.parquet names a setting
+
+
+def _means(scores: pd.DataFrame) -> pd.DataFrame:
+    """Each variant's score over all settings of its study; none where one is missing, or differs in n."""
+    settings = scores.groupby("study")["setting"].nunique()
+    rows = []
+    for key, group in scores.groupby(["study", "backbone", "variant", "height", "width", "metric"], sort=False):
+        if len(group) == settings[key[0]] > 1 and (group["n"] == group["n"].iloc[0]).all():
+            mean = {"value": group["value"].mean(), "replicates": np.mean(group["replicates"].tolist(), axis=0)}
+            rows.append({**group.iloc[0], "setting": MEAN, **mean})
+    return pd.DataFrame(rows, columns=scores.columns)
+
+
 def paired(scores: pd.DataFrame) -> pd.DataFrame:
     """Differences a − b between the variants of each study, setting, backbone and size, with 95 % intervals.
 
     Replicates of both sides come from the same resampled prompts (`bootstrap.draw_prompts`), so their differences are
     those of a paired bootstrap: for a mean over images that of the per-image differences, for FID, KID and IS that of
-    the sets.
+    the sets. A study of several settings also has the means over them, under the setting `MEAN`.
 
     Args:
         scores: what `frame` gave for image sets; one trial.
     """
     found = []
     keys = ["study", "setting", "backbone", "height", "width", "metric"]
-    for key, group in scores.groupby(keys, sort=False):
+    for key, group in pd.concat([scores, _means(scores)]).groupby(keys, sort=False):
         for a, b in combinations(group.itertuples(), 2):
             if a.n != b.n:
                 continue
