@@ -24,9 +24,18 @@ def record(config: Config, **facts: Any) -> dict[str, Any]:
     Keys: `time` (UTC), `hires`, `commit` and `dirty` (None where the code lies in no git checkout), `python`,
     `packages`, `system`, `cpu`, `cores`, `gpu` (None on the CPU), `config` (digest of the configuration).
     """
-    commit, dirty = _commit()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine(),
+        "config": config_digest(config),
+        **facts,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The part of a record that depends on the code and the machine only."""
+    commit, dirty = _commit()
+    return {
         "hires": __version__,
         "commit": commit,
         "dirty": dirty,
@@ -36,8 +45,6 @@ def record(config: Config, **facts: Any) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": _gpu(),
-        "config": config_digest(config),
-        **facts,
     }
 
 

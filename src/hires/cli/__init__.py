@@ -27,6 +27,7 @@ COMMANDS = {
     "provenance": "stage: what made the results of a configuration",
     "run": "run every stage of a configuration in this process, without Snakemake",
     "train": "train the embedded models",
+    "speed": "measure the attention kernels on this machine's GPU",
     "promote": "copy finished models or reference results into the tracked tree",
 }
 

@@ -1,0 +1,187 @@
+"""`hires speed kernels`: one table of all contenders on all shapes."""
+
+import csv
+import gc
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hires import provenance
+from hires.errors import HiresError, unknown
+from hires.speed import contenders
+from hires.speed.inputs import Inputs, make, rows, sample
+from hires.speed.shapes import Shape, choose
+from hires.speed.timing import milliseconds, rotations
+
+COLUMNS = (
+    "shape",
+    "part",
+    "contender",
+    "configuration",
+    "ms",  # median
+    "ms_10",  # 10th and 90th percentile
+    "ms_90",
+    "repeats",
+    "tflop",  # needed by the method: dense attention for "dense", the shape's own for the others
+    "tflop_per_s",
+    "gb_per_s",  # of the pre-pass: what it reads and writes
+    "peak_mib",  # allocated beyond the inputs
+    "error",  # accuracy: root mean square of the difference to float64, in units of the exact rows' own
+    "error_plain",  # the same of plain PyTorch in the inputs' precision
+    "reason",  # why there is no time
+    "gpu",
+    "torch",
+    "triton",
+    "commit",
+    "dirty",
+)
+Row = dict[str, Any]
+
+
+def check(device: str, shapes: Sequence[str], names: Sequence[str]) -> tuple[torch.device, list[Shape], list[str]]:
+    """The device, shapes and contenders that are meant. HiresError where one is unknown or there is no GPU."""
+    chosen = choose(shapes)
+    allowed = contenders.names()
+    for name in names:
+        if name not in allowed:
+            raise unknown("backend", name, allowed)
+    if device not in ("cuda", "cpu"):
+        raise unknown("device", device, ("cuda", "cpu"))
+    if device == "cpu" and not all("tiny" in shape.name for shape in chosen):
+        raise HiresError("--device cpu measures --shapes tiny only: the others take hours there")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HiresError("no CUDA device: run it on a GPU, or try the command with --device cpu --shapes tiny")
+    return torch.device(device), chosen, list(names or allowed)
+
+
+def measure(
+    device: torch.device, shapes: Sequence[Shape], names: Sequence[str], repeats: int, accuracy: bool
+) -> Iterator[Row]:
+    """One row for each shape, part, contender and configuration, as soon as it is known."""
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    machine = _machine()
+    for shape in shapes:
+        first = make(shape, device, seed=0)
+        sets = [first, *(make(shape, device, seed) for seed in range(1, rotations(_bytes(first), device)))]
+        for part in shape.parts:
+            exact = plain = None
+            for name in names:
+                for configuration, program in contenders.programs(shape, part, name, device):
+                    row: Row = {"shape": shape.name, "part": part, "contender": name, "configuration": configuration}
+                    row |= _timed(shape, part, name, program, sets, device, repeats)
+                    if accuracy and "ms" in row and name != "dense" and part in ("image", "all", "global"):
+                        if exact is None:
+                            exact = rows(shape, part, first, torch.float64)
+                            plain = _error(rows(shape, part, first, first.image[0].dtype), exact)
+                        with contenders.cudnn(device):
+                            row |= {"error": _error(_sampled(shape, part, program(first)), exact), "error_plain": plain}
+                    yield row | machine
+        del first, sets
+        _clear(device)
+
+
+def _timed(
+    shape: Shape,
+    part: str,
+    name: str,
+    program: contenders.Program,
+    sets: list[Inputs],
+    device: torch.device,
+    repeats: int,
+) -> Row:
+    """Times and rates, or the reason why there are none: a refusal or too little memory stops nothing."""
+    _clear(device)
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    try:
+        with torch.no_grad(), contenders.cudnn(device):
+            times = milliseconds(lambda index: program(sets[index % len(sets)]), device, repeats, len(sets))
+    except Exception as error:
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+        return {"reason": f"{type(error).__name__}: {first_line.strip()}"}
+    middle = median(times)
+    row: Row = {
+        "ms": middle,
+        "ms_10": times[len(times) // 10],
+        "ms_90": times[-1 - len(times) // 10],
+        "repeats": len(times),
+    }
+    if device.type == "cuda":
+        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if part == "prologue":
+        return row | {"gb_per_s": _prologue_bytes(sets[0]) / middle / 1e6}
+    tflop = shape.flop(part, dense=name == "dense") / 1e12
+    return row | {"tflop": tflop, "tflop_per_s": tflop / middle * 1e3}
+
+
+def _sampled(shape: Shape, part: str, output: tuple[Tensor, Tensor | None]) -> Tensor:
+    image_places, text_places = (x.to(output[0].device) for x in sample(shape, part))
+    image, text = output
+    found = [image[:, image_places]]
+    if text is not None:
+        found.append(text[:, text_places])
+    return torch.cat(found, dim=1)
+
+
+def _error(given: Tensor, exact: Tensor) -> float:
+    return float(((given.double() - exact).square().mean() / exact.square().mean()).sqrt())
+
+
+def _bytes(inputs: Inputs) -> int:
+    return sum(x.nbytes for x in inputs.image)
+
+
+def _prologue_bytes(inputs: Inputs) -> int:
+    moved = [*inputs.image[:2], *(inputs.text or ())[:2]]
+    return 2 * sum(x.nbytes for x in moved) + sum(x.nbytes for x in inputs.rope)
+
+
+def _clear(device: torch.device) -> None:
+    """Give memory back, and start counting its peak."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _machine() -> Row:
+    facts = provenance.machine()
+    packages = facts["packages"]
+    return {
+        "gpu": facts["gpu"] or facts["cpu"],
+        "torch": torch.__version__,
+        "triton": packages.get("triton"),
+        "commit": facts["commit"],
+        "dirty": facts["dirty"],
+    }
+
+
+def table(found: Sequence[Row]) -> str:
+    """The rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in found)
+    return text.getvalue()
+
+
+HEADER = f"{'shape':<17} {'part':<8} {'contender':<24} {'ms':>9} {'TFLOP':>7} {'TFLOP/s':>8} {'GB/s':>6} {'error':>9}"
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    contender = " ".join(filter(None, (row["contender"], row["configuration"])))
+    start = f"{row['shape']:<17} {row['part']:<8} {contender:<24}"
+    if "reason" in row:
+        return f"{start} {row['reason'][:90]}"
+
+    def cell(name: str, width: int, form: str) -> str:
+        return f"{row[name]:>{width}{form}}" if name in row else " " * width
+
+    numbers = cell("ms", 9, ".3f"), cell("tflop", 7, ".3g"), cell("tflop_per_s", 8, ".1f"), cell("gb_per_s", 6, ".0f")
+    return " ".join((start, *numbers, cell("error", 9, ".1e"))).rstrip()

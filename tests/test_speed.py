@@ -1,0 +1,239 @@
+"""`hires speed kernels`: counts, timing, exact rows, the whole command on small shapes."""
+
+import csv
+import time
+
+import hires_kernels
+import pytest
+import torch
+from hires_kernels import reference
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hires.cli import main
+from hires.speed import contenders, inputs, kernels, timing
+from hires.speed.shapes import SHAPES, choose
+
+CPU = torch.device("cpu")
+TINY = [shape for name, shape in SHAPES.items() if "tiny" in name]
+CASES = [(shape, part) for shape in TINY for part in shape.parts]
+
+
+def command(*arguments):
+    return main(["speed", "kernels", *arguments])
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_measures_every_contender_and_checks_it(tmp_path, capsys):
+    out = tmp_path / "new" / "kernels.csv"
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--repeats", "1", "--accuracy", "--out", str(out)]
+    assert command(*arguments, "--backends", "dense,sdpa,triton") == 0
+    found = read(out)
+    assert list(found[0]) == list(kernels.COLUMNS)
+    names = {(row["shape"], row["part"], row["contender"]) for row in found}
+    assert {(shape.name, part, "triton") for shape, part in CASES} <= names
+    assert {(shape.name, part, "sdpa") for shape, part in CASES} <= names
+    assert {(shape.name, "all", "dense") for shape in TINY} <= names
+    for row in found:
+        assert not row["reason"]
+        assert float(row["ms_10"]) <= float(row["ms"]) <= float(row["ms_90"])
+        assert row["repeats"] == "1"
+        assert row["torch"] == torch.__version__
+        if row["part"] == "prologue":
+            assert float(row["gb_per_s"]) > 0
+        else:
+            assert float(row["tflop_per_s"]) == pytest.approx(float(row["tflop"]) / float(row["ms"]) * 1e3, rel=1e-4)
+        if row["part"] in ("image", "all", "global") and row["contender"] != "dense":
+            assert float(row["error"]) <= 2 * float(row["error_plain"]) + 1e-7
+            assert 0 < float(row["error_plain"]) < 1e-6
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(found)
+    assert all(line.startswith(row["shape"]) for line, row in zip(lines[1:], found))
+
+
+def test_the_compiled_baseline_gives_the_same():
+    shape = SHAPES["npa-tiny-0"]
+    given = inputs.make(shape, CPU, seed=1)
+    outputs = []
+    for name in ("sdpa", "sdpa-compiled"):
+        ((_, program),) = contenders.programs(shape, "all", name, CPU)
+        outputs.append(program(given))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "part"), [(s, p) for s, p in CASES if p in ("image", "all", "global")])
+def test_exact_rows_are_those_of_the_reference(shape, part):
+    given = inputs.make(shape, CPU, seed=3)
+    ((_, program),) = contenders.programs(shape, part, "reference", CPU)
+    double = inputs.Inputs(
+        *(None if x is None else tuple(y.double() for y in x) for x in (given.image, given.text, given.guidance)),
+        rope=given.rope,
+        weight=given.weight,
+    )
+    expected = kernels._sampled(shape, part, program(double))
+    torch.testing.assert_close(inputs.rows(shape, part, given, torch.float64), expected, rtol=0, atol=1e-12)
+    assert expected.shape[1] == 48 + (0 if part == "image" else 4)
+
+
+def test_the_parts_are_what_they_say():
+    shape = SHAPES["npa-tiny-0"]
+    given = inputs.make(shape, CPU, seed=4)
+
+    def run(part):
+        ((_, program),) = contenders.programs(shape, part, "sdpa", CPU)
+        return program(given)
+
+    text = tuple(x for x in given.text)
+    plain = reference.neighborhood_patch_attention(
+        *given.image,
+        grid=shape.grid,
+        window=shape.window,
+        text=text,
+        rope=given.rope,
+        shift=None,
+        text_rows="patch",
+        scale=32**-0.5,
+    )
+    for one, other in zip(run("all"), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert run("image")[1] is None
+    assert not torch.allclose(run("layer")[0], run("all")[0], atol=1e-2)
+    torch.testing.assert_close(run("global")[0], run("all")[0])
+    assert not torch.allclose(run("global")[1], run("all")[1], atol=1e-2)
+
+
+@pytest.mark.parametrize(("shape", "part"), [(s, p) for s, p in CASES if p != "prologue"])
+def test_flop_of_a_row_is_the_flop_counters(shape, part):
+    hires_kernels.register_flop_formulas()
+    given = inputs.make(shape, CPU, seed=5)
+    with FlopCounterMode(display=False) as counter:
+        next(contenders.programs(shape, part, "triton", CPU))[1](given)
+    assert shape.flop(part) == counter.get_total_flops()
+    if part in ("image", "all"):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that is counted
+            ((_, program),) = contenders.programs(shape, part, "dense", CPU)
+            program(given)
+        assert shape.flop(part, dense=True) == counter.get_total_flops()
+
+
+def test_flop_of_the_papers_layers():
+    """TFLOP: NPA's image rows without and with text keys and rows; Scale-DiT's pairs, one by one; dense."""
+    flux, local = SHAPES["npa-flux-4096"], SHAPES["local-flux-4096"]
+    given = [flux.flop(part) / 1e12 for part in ("image", "all", "layer", "global")]
+    assert [round(x, 2) for x in given] == [3.30, 5.57, 5.57, 4.13]
+    assert round(flux.flop("all", dense=True) / 1e12, 1) == 53.6
+    assert round(local.flop("all") / 1e12, 2) == 1.09
+    assert [round(SHAPES[f"npa-sdxl{level}-4096"].flop("image") / 1e12, 3) for level in (1, 2)] == [1.374, 0.172]
+
+
+def test_shapes_are_those_of_the_models():
+    for name, grid, window, heads in (
+        ("npa-flux-2048", 128, 64, 24),
+        ("npa-flux-8192", 512, 64, 24),
+        ("npa-sdxl1-4096", 256, 64, 10),
+        ("npa-sdxl2-4096", 128, 32, 20),
+    ):
+        shape = SHAPES[name]
+        assert (shape.grid, shape.window, shape.heads) == ((grid, grid), (window, window), heads)
+        assert shape.head_dim * shape.heads == {24: 3072, 10: 640, 20: 1280}[heads]
+    assert SHAPES["local-flux-8192"].guidance_grid == (128, 128)
+
+
+def test_shapes_are_chosen_by_word_or_pattern():
+    assert [shape.name for shape in choose(["sdxl1", "npa-flux-2*"])] == [
+        "npa-flux-2048",
+        "npa-sdxl1-2048",
+        "npa-sdxl1-4096",
+        "npa-sdxl1-8192",
+    ]
+    assert {shape.name for shape in choose([])} == {name for name in SHAPES if "tiny" not in name}
+
+
+def test_positions_are_those_of_flux():
+    from dataclasses import replace
+
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+    shape = replace(SHAPES["npa-flux-2048"], grid=(4, 6))
+    row, col = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    ids = torch.stack([torch.zeros_like(row), row, col], -1).view(-1, 3).float()
+    for given, expected in zip(inputs.positions(shape), FluxPosEmbed(10_000, [16, 56, 56])(ids), strict=True):
+        torch.testing.assert_close(given, expected)
+
+
+def test_time_is_that_of_one_call():
+    seen = []
+
+    def call(index):
+        seen.append(index)
+        time.sleep(0.01)
+
+    times = timing.milliseconds(call, CPU, repeats=4, sets=6)
+    assert len(times) == 4
+    assert times == sorted(times)
+    assert all(9 < x < 60 for x in times)
+    assert seen[:6] == list(range(6))  # every set before the clock starts
+    assert seen[-4:] == list(range(4))
+
+
+def test_slow_calls_are_repeated_less_often(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.06)
+    assert len(timing.milliseconds(lambda index: time.sleep(0.008), CPU, repeats=50, sets=2)) in range(5, 8)
+    assert len(timing.milliseconds(lambda index: time.sleep(0.02), CPU, repeats=50, sets=2)) == 5
+
+
+def test_inputs_are_rotated_out_of_the_cache():
+    for size in (2**20, 2**26, 2**30):
+        sets = timing.rotations(size, torch.device("cuda"))
+        assert 2 <= sets <= 16
+        assert sets == 16 or (sets - 1) * size >= timing.CACHE
+    different = {float(inputs.make(TINY[0], CPU, seed).image[0].sum()) for seed in range(3)}
+    assert len(different) == 3
+
+
+def test_a_failing_contender_is_a_row_with_the_reason(tmp_path, capsys, monkeypatch):
+    def programs(shape, part, name, device):
+        if part == "image":
+            yield "hungry", lambda inputs: torch.empty(2**60)
+            yield "refused", lambda inputs: contenders._backend(shape, part, inputs, "sdap")
+            yield "able", lambda inputs: inputs.image
+
+    monkeypatch.setattr(contenders, "programs", programs)
+    out = tmp_path / "kernels.csv"
+    arguments = ["--device", "cpu", "--shapes", "npa-tiny-0", "--backends", "sdpa", "--out", str(out)]
+    assert command(*arguments) == 0
+    hungry, refused, able = read(out)
+    assert hungry["reason"].startswith("RuntimeError: ") and "memory" in hungry["reason"] and not hungry["ms"]
+    assert refused["reason"].startswith("KernelError: unknown backend 'sdap'")
+    assert able["ms"] and not able["reason"]
+    assert "unknown backend" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert command() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no CUDA device" in error and "--device cpu --shapes tiny" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "--device cpu measures --shapes tiny only"),
+        (["--shapes", "flax"], "no shape fits 'flax'"),
+        (["--backends", "sdap"], "unknown backend 'sdap': did you mean 'sdpa'?"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
