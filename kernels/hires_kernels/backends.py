@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from hires_kernels import fused, reference, sdpa
+from hires_kernels import flex, fused, hopper, reference, sdpa
 from hires_kernels.errors import KernelError
 
 
@@ -60,7 +60,8 @@ def _triton(problem: Problem) -> str | None:
         return f"it needs a CUDA device, got {problem.device.type}"
     if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
         return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_name(problem.device)}"
-    if problem.dtype not in DTYPES and not (interpreted() and problem.dtype == torch.float32):
+    float32_too = interpreted() or problem.operation == "qk_norm_rope"  # which has no products
+    if problem.dtype not in DTYPES and not (float32_too and problem.dtype == torch.float32):
         return f"it needs float16 or bfloat16, got {str(problem.dtype).removeprefix('torch.')}"
     if problem.dtype == torch.bfloat16 and interpreted() and problem.operation.endswith("attention"):
         return "Triton's interpreter has no bfloat16 products"
@@ -71,10 +72,36 @@ def _triton(problem: Problem) -> str | None:
     return None
 
 
+def _gluon(problem: Problem) -> str | None:
+    if problem.operation != "neighborhood_patch_attention":
+        return "it runs neighborhood_patch_attention"
+    if interpreted():
+        return "Gluon has no interpreter"
+    if (reason := _triton(problem)) is not None:
+        return reason
+    if torch.cuda.get_device_capability(problem.device) != (9, 0):
+        return f"it needs compute capability 9.0 (Hopper), got {torch.cuda.get_device_name(problem.device)}"
+    if problem.head_dim == 32:
+        return "it needs head_dim 64, 128, got 32"
+    return None
+
+
+def _flex(problem: Problem) -> str | None:
+    if not problem.operation.endswith("attention"):
+        return "it runs neighborhood_patch_attention, local_attention"
+    if problem.device.type == "cuda" and problem.dtype not in (*DTYPES, torch.float32):
+        return f"it needs float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
+    if problem.device.type == "cuda" and problem.head_dim < 16:
+        return f"it needs head_dim 16 or more, got {problem.head_dim}"
+    return None
+
+
 BACKENDS: dict[str, Backend] = {  # in order of preference
+    "gluon": Backend(hopper, "fused kernels written out for Hopper", _gluon),
     "triton": Backend(fused, "fused Triton kernels", _triton),
     "sdpa": Backend(sdpa, "gathered windows, scaled_dot_product_attention", _anything),
     "reference": Backend(reference, "the definition, plain PyTorch", _anything),
+    "flex": Backend(flex, "permuted tokens, FlexAttention: for comparison", _flex),
 }
 
 
