@@ -10,6 +10,7 @@ outputs of the text rows of a patch replace its queries, in the input's precisio
 and in a fixed order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import starmap
 from math import ceil
@@ -317,8 +318,13 @@ def neighborhood_patch_attention(
     shift: Tensor | None,
     text_rows: str,
     scale: float,
+    run: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the operation of this name, which has checked the input; `scale` must be positive."""
+    """As the operation of this name, which has checked the input; `scale` must be positive.
+
+    `run` computes the image rows and the text rows of the patches: `attend`, or one that does the same.
+    """
+    run = run or attend
     if scale <= 0:
         raise KernelError(f"scale {scale}: fused kernels need a positive one")
     query, key, value = (channels_together(x) for x in (query, key, value))
@@ -326,7 +332,7 @@ def neighborhood_patch_attention(
     shift = None if shift is None else shift.to(query.device, torch.int32)
     patches = Patches(grid, window, count(grid, window, shift), shift)
     if text is None or text[0].shape[1] == 0:
-        attend((query, key, value), None, patches, scale, output=image)
+        run((query, key, value), None, patches, scale, output=image)
         return image, None if text is None else new_like(text[0])
 
     text_query, text_key, text_value = (channels_together(x) for x in text)
@@ -336,10 +342,10 @@ def neighborhood_patch_attention(
         queries = turn(text_query, rope, patches)
         partial = queries if rope is not None else queries.new_empty(patches.shape(text_query))
         tokens = queries, keys, text_value
-        attend((query, key, value), tokens, patches, scale, output=image, text_output=partial)
+        run((query, key, value), tokens, patches, scale, output=image, text_output=partial)
         average(partial, None, text_image)
     else:
-        attend((query, key, value), (text_query, keys, text_value), patches, scale, output=image)
+        run((query, key, value), (text_query, keys, text_value), patches, scale, output=image)
         global_text_rows((query, key, value), (text_query, text_key, text_value), grid, rope, scale, text_image)
     return image, text_image
 

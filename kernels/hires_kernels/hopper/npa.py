@@ -1,0 +1,410 @@
+"""Neighborhood Patch Attention for Hopper: the kernel of `hires_kernels.fused.npa`, its warps specialised by hand.
+
+One warp loads: K and V tiles of the window come by TMA straight out of the token grid, text tiles are further steps
+of the same loop. Two warpgroups of 64 query rows each multiply, and take turns: while one is in its softmax, the
+matrix unit is the other's. Within a warpgroup the scores of the next step are issued before the values of this one,
+so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). The grid is
+persistent: barriers carry their phases from one item to the next, and loads run ahead across items.
+"""
+
+from math import ceil
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hires_kernels.fused.npa import LOG2_E, Patches, Triple, described, tile_shape
+
+_synchronise = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed after Triton 3.6
+
+
+@gluon.jit
+def _item(
+    item, shift, shape, QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SHIFTED: gl.constexpr
+):  # fmt: skip
+    """What work item number `item` is: its place, that of its patch and window, and its numbers of steps.
+
+    Past the end it is the last one again: what is loaded ahead for it is not used.
+    """
+    grid, window, patches, heads, _, text_steps, image_tiles, text_tiles, items = shape
+    item = gl.minimum(item, items - 1)
+    tiles = image_tiles + text_tiles
+    count = patches[0] * patches[1]
+    tile = item % tiles
+    patch = item // tiles % count
+    head = item // (tiles * count) % heads
+    batch = item // (tiles * count * heads)
+    row = patch // patches[1] * (window[0] // 2)
+    col = patch % patches[1] * (window[1] // 2)
+    if SHIFTED:
+        row -= gl.load(shift + batch * 2)
+        col -= gl.load(shift + batch * 2 + 1)
+    window_row = gl.minimum(gl.maximum(row - window[0] // 4, 0), grid[0] - window[0])
+    window_col = gl.minimum(gl.maximum(col - window[1] // 4, 0), grid[1] - window[1])
+    # the part of the patch inside the grid
+    first_row, first_col = gl.maximum(row, 0), gl.maximum(col, 0)
+    down = gl.maximum(gl.minimum(row + window[0] // 2, grid[0]) - first_row, 0)
+    across = gl.maximum(gl.minimum(col + window[1] // 2, grid[1]) - first_col, 0)
+    image_steps = gl.cdiv(window[0], ROWS) * gl.cdiv(window[1], COLS)
+    steps = image_steps + text_steps
+    if (tile < image_tiles) & (tile * QUERIES >= down * across):  # padding only: one step, of which nothing is kept
+        image_steps, steps = image_steps * 0 + 1, steps * 0 + 1
+    return batch, head, patch, tile, window_row, window_col, first_row, first_col, down, across, image_steps, steps
+
+
+@gluon.jit
+def _tokens(place, tile, first_row, first_col, down, across, width, text_tokens, image_tiles, QUERIES):
+    """Tokens of the queries at `place` of a tile, and which of them exist."""
+    is_text = tile >= image_tiles
+    place += gl.where(is_text, tile - image_tiles, tile) * QUERIES
+    wide = gl.maximum(across, 1)
+    image_token = (first_row + place // wide) * width + first_col + place % wide
+    token = gl.where(is_text, place, image_token)
+    return token.to(gl.int64), place < gl.where(is_text, text_tokens, down * across)
+
+
+@gluon.jit
+def _produce(
+    key, value, text_key, text_value, shift, walks, shape, k_tiles, v_tiles, barriers,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr,
+):  # fmt: skip
+    KEYS: gl.constexpr = ROWS * COLS
+    BYTES: gl.constexpr = KEYS * DIM * 2
+    key_walk, value_walk, text_key_walk, text_value_walk = walks
+    _, window, patches, _, _, _, _, _, items = shape
+    k_ready, k_free, v_ready, v_free = barriers
+    done = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        batch, head, patch, _, window_row, window_col, _, _, _, _, image_steps, steps = _item(
+            item, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        )
+        wide = gl.cdiv(window[1], COLS)
+        key_row = batch * key_walk[0] + head * key_walk[1] + window_row
+        value_row = batch * value_walk[0] + head * value_walk[1] + window_row
+        for step in range(image_steps):
+            stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+            down, right = step // wide * ROWS, window_col + step % wide * COLS
+            mbarrier.wait(k_free.index(stage), phase)
+            mbarrier.expect(k_ready.index(stage), BYTES)
+            place = [key_row + down, right, head * key_walk[2]]
+            tma.async_copy_global_to_shared(key, place, k_ready.index(stage), k_tiles.index(stage))
+            mbarrier.wait(v_free.index(stage), phase)
+            mbarrier.expect(v_ready.index(stage), BYTES)
+            place = [value_row + down, right, head * value_walk[2]]
+            tma.async_copy_global_to_shared(value, place, v_ready.index(stage), v_tiles.index(stage))
+            done += 1
+        if HAS_TEXT:
+            text_batch = batch
+            if TURNED:
+                text_batch = batch * (patches[0] * patches[1]) + patch
+            key_row = text_batch * text_key_walk[0] + head * text_key_walk[1]
+            value_row = batch * text_value_walk[0] + head * text_value_walk[1]
+            for step in range(steps - image_steps):
+                stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+                mbarrier.wait(k_free.index(stage), phase)
+                mbarrier.expect(k_ready.index(stage), BYTES)
+                place = [key_row + step * KEYS, 0, head * text_key_walk[2]]
+                tile = k_tiles.index(stage).reshape([KEYS, 1, DIM])
+                tma.async_copy_global_to_shared(text_key, place, k_ready.index(stage), tile)
+                mbarrier.wait(v_free.index(stage), phase)
+                mbarrier.expect(v_ready.index(stage), BYTES)
+                place = [value_row + step * KEYS, 0, head * text_value_walk[2]]
+                tile = v_tiles.index(stage).reshape([KEYS, 1, DIM])
+                tma.async_copy_global_to_shared(text_value, place, v_ready.index(stage), tile)
+                done += 1
+
+
+@gluon.jit
+def _fetch_queries(
+    GROUP: gl.constexpr, query, text_query, walks, shape, tile_of_queries,
+    batch, head, patch, tile, first_row, first_col, down, across, QUERIES: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy the 64 query rows of one warpgroup into shared memory."""
+    query_walk, text_query_walk = walks
+    grid, _, patches, _, text_tokens, _, image_tiles, _, _ = shape
+    DIM: gl.constexpr = tile_of_queries.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    token, valid = _tokens(place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES)
+    if tile >= image_tiles:
+        text_batch = batch
+        if TURNED:
+            text_batch = batch * (patches[0] * patches[1]) + patch
+        first = text_query + text_batch.to(gl.int64) * text_query_walk[0] + head.to(gl.int64) * text_query_walk[2]
+        source = first + token * text_query_walk[1]
+    else:
+        first = query + batch.to(gl.int64) * query_walk[0] + head.to(gl.int64) * query_walk[2]
+        source = first + token * query_walk[1]
+    source = gl.expand_dims(source, 1) + gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, layout)), 0)
+    async_copy.async_copy_global_to_shared(tile_of_queries, source, mask=gl.expand_dims(valid, 1))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _hide(
+    scores, step, image_steps, window, text_tokens,
+    ROWS: gl.constexpr, COLS: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Minus infinity for keys of the tile that are past the window or the text."""
+    if MASK_IMAGE or MASK_TEXT:
+        place = gl.arange(0, ROWS * COLS, gl.SliceLayout(0, LAYOUT))
+        wide = gl.cdiv(window[1], COLS)
+        rows, cols = step // wide * ROWS + place // COLS, step % wide * COLS + place % COLS
+        image = (rows < window[0]) & (cols < window[1])
+        text = (step - image_steps) * (ROWS * COLS) + place < text_tokens
+        seen = gl.where(step < image_steps, image, text)
+        scores = gl.where(gl.expand_dims(seen, 0), scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr, query, output, text_query, text_output, shift,
+    walks, shape, scale, q_tiles, k_tiles, v_tiles, barriers, turns,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
+    grid, window, patches, heads, text_tokens, _, image_tiles, _, items = shape
+    k_ready, k_free, v_ready, v_free = barriers
+    KEYS: gl.constexpr = ROWS * COLS
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    dtype: gl.constexpr = q_tiles.dtype
+    no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
+    stride = gl.num_programs(0)
+    item = gl.program_id(0)
+
+    # this item and the next: their queries have a buffer each
+    batch, head, patch, tile, _, _, first_row, first_col, down, across, image_steps, steps = _item(
+        item, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+    )
+    _fetch_queries(
+        GROUP, query, text_query, walks, shape, q_tiles.index(GROUP),
+        batch, head, patch, tile, first_row, first_col, down, across, QUERIES, TURNED,
+    )  # fmt: skip
+    batch1, head1, patch1, tile1, _, _, first_row1, first_col1, down1, across1, image_steps1, steps1 = _item(
+        item + stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+    )
+    _fetch_queries(
+        GROUP, query, text_query, walks, shape, q_tiles.index(2 + GROUP),
+        batch1, head1, patch1, tile1, first_row1, first_col1, down1, across1, QUERIES, TURNED,
+    )  # fmt: skip
+    async_copy.wait_group(1)
+    fence_async_shared()
+    _synchronise()
+    mbarrier.wait(k_ready.index(0), 0)
+    keys = k_tiles.index(0).reshape([KEYS, DIM]).permute((1, 0))
+    scores = warpgroup_mma(q_tiles.index(GROUP), keys, no_scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    mbarrier.arrive(k_free.index(0))
+    scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+    top = gl.max(scores, 1) * scale
+    weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
+    total = gl.sum(weights, 1)
+    operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+
+    done = gl.to_tensor(0)  # steps of all items whose values have been added
+    buffer = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, stride):
+        sums = gl.zeros([64, DIM], gl.float32, SUMS)
+        queries = q_tiles.index(2 * buffer + GROUP)
+        for step in range(1, steps):
+            stage, phase = done % STAGES, done // STAGES & 1
+            next_stage, next_phase = (done + 1) % STAGES, (done + 1) // STAGES & 1
+            mbarrier.wait(k_ready.index(next_stage), next_phase)
+            if PING_PONG:
+                mbarrier.wait(turns.index(GROUP), done & 1 ^ (1 - GROUP))
+            keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
+            scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
+            mbarrier.wait(v_ready.index(stage), phase)
+            values = v_tiles.index(stage).reshape([KEYS, DIM])
+            sums = warpgroup_mma(operand, values, sums, is_async=True)
+            if PING_PONG:
+                mbarrier.arrive(turns.index(1 - GROUP))
+            scores = warpgroup_mma_wait(1, [scores])
+            mbarrier.arrive(k_free.index(next_stage))
+
+            scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+            higher = gl.maximum(top, gl.max(scores, 1) * scale)
+            weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
+            shrink = gl.exp2(top - higher)
+            total = total * shrink + gl.sum(weights, 1)
+            top = higher
+            sums, operand = warpgroup_mma_wait(0, [sums, operand])
+            mbarrier.arrive(v_free.index(stage))
+            sums *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), 1)
+            operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            done += 1
+
+        # last values of this item, first scores of the next; the queries of the one after it take this item's buffer
+        follows = item + stride < items
+        stage, phase = done % STAGES, done // STAGES & 1
+        next_stage, next_phase = (done + 1) % STAGES, (done + 1) // STAGES & 1
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _synchronise()
+        mbarrier.wait(k_ready.index(next_stage), next_phase, follows)
+        if PING_PONG:
+            mbarrier.wait(turns.index(GROUP), done & 1 ^ (1 - GROUP))
+        keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
+        scores = warpgroup_mma(q_tiles.index(2 * (1 - buffer) + GROUP), keys, no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(v_ready.index(stage), phase)
+        sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
+        if PING_PONG:
+            mbarrier.arrive(turns.index(1 - GROUP))
+        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
+            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        )
+        _fetch_queries(
+            GROUP, query, text_query, walks, shape, queries,
+            batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
+        )  # fmt: skip
+        scores = warpgroup_mma_wait(1, [scores])
+        mbarrier.arrive(k_free.index(next_stage), pred=follows)
+        scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+        top = gl.max(scores, 1) * scale
+        weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
+        share = 1.0 / total
+        total = gl.sum(weights, 1)
+        sums, operand = warpgroup_mma_wait(0, [sums, operand])
+        mbarrier.arrive(v_free.index(stage))
+        operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+
+        sums *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
+        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        token, valid = _tokens(
+            place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
+        )
+        long_batch = batch.to(gl.int64)
+        if tile >= image_tiles:
+            first = text_output + (long_batch * (patches[0] * patches[1]) + patch) * text_tokens * heads * DIM
+        else:
+            first = output + long_batch * grid[0] * grid[1] * heads * DIM
+        result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
+        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, SUMS)), 0)
+        gl.store(result, sums.to(dtype), mask=gl.expand_dims(valid, 1))
+
+        batch, head, patch, tile, first_row, first_col = batch1, head1, patch1, tile1, first_row1, first_col1
+        down, across, image_steps, steps = down1, across1, image_steps1, steps1
+        batch1, head1, patch1, tile1, first_row1, first_col1 = batch2, head2, patch2, tile2, first_row2, first_col2
+        down1, across1, image_steps1, steps1 = down2, across2, image_steps2, steps2
+        buffer = 1 - buffer
+        done += 1
+
+
+@gluon.jit
+def _attend(
+    query, key, value, output, text_query, text_key, text_value, text_output, shift,
+    query_walks, key_walks, shape, scale,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
+    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = key.dtype
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [4, 64, DIM], q_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS, DIM], key.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS, DIM], value.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), 1)
+        mbarrier.init(k_free.index(stage), 2)
+        mbarrier.init(v_ready.index(stage), 1)
+        mbarrier.init(v_free.index(stage), 2)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), 1)
+    fence_async_shared()
+
+    barriers = (k_ready, k_free, v_ready, v_free)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                0, query, output, text_query, text_output, shift, query_walks, shape, scale,
+                q_tiles, k_tiles, v_tiles, barriers, turns,
+                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+            )),
+            (_consume, (
+                1, query, output, text_query, text_output, shift, query_walks, shape, scale,
+                q_tiles, k_tiles, v_tiles, barriers, turns,
+                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+            )),
+            (_produce, (
+                key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
+                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, HAS_TEXT,
+            )),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[240, 24],
+    )  # fmt: skip
+
+
+QUERIES, KEYS = 128, 128
+STAGES = {64: 4, 128: 2}  # of K and V each: 161 and 192 KiB of shared memory with two tiles of queries
+PING_PONG = True
+
+
+def attend(
+    image: Triple,
+    text: Triple | None,
+    patches: Patches,
+    scale: float,
+    output: Tensor,
+    text_output: Tensor | None = None,
+) -> None:
+    """As `hires_kernels.fused.npa.attend`, without bands. Keys and values that TMA can't read in place are copied."""
+    query = image[0]
+    batch, _, heads, dim = query.shape
+    grid, window = patches.grid, patches.window
+    tile = tile_shape(window, KEYS)
+
+    sources = [(x, grid, tile) for x in image[1:]]
+    text_query, text_tokens, turned = query, 0, False
+    if text is not None:
+        text_tokens, turned = text[2].shape[1], text[1].dim() == 5
+        text_query, text_key = (x.flatten(0, -4) for x in text[:2])
+        sources += [(x, (text_tokens, 1), (KEYS, 1)) for x in (text_key, text[2])]
+    pointers, walks = [], []
+    for x, source_grid, block in sources:
+        found = described(x, source_grid, block) or described(x.contiguous(), source_grid, block)
+        assert found is not None  # a contiguous tensor has a descriptor
+        dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+        layout = gl.NVMMASharedLayout.get_default_for(found.pointer.block_shape, dtype)
+        plain = found.pointer
+        pointers.append(TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout))
+        walks.append(found.walk)
+    if text is None:
+        pointers, walks = pointers + pointers, walks + walks
+
+    image_tiles = ceil(window[0] // 2 * (window[1] // 2) / QUERIES)
+    text_tiles = 0 if text_output is None else ceil(text_tokens / QUERIES)
+    items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
+    shape = grid, window, patches.count, heads, text_tokens, ceil(text_tokens / KEYS), image_tiles, text_tiles, items
+    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    _attend[(programs,)](
+        query, *pointers[:2], output,
+        text_query, *pointers[2:], output if text_output is None else text_output,
+        query if patches.shift is None else patches.shift,
+        (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
+        QUERIES=QUERIES, ROWS=tile[0], COLS=tile[1], DIM=dim, STAGES=STAGES[dim], TURNED=turned,
+        SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
+        MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % KEYS != 0,
+        PING_PONG=PING_PONG, num_warps=4,
+    )  # fmt: skip
