@@ -6,7 +6,7 @@ import time
 import hires_kernels
 import pytest
 import torch
-from hires_kernels import reference
+from hires_kernels import flex, reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +23,13 @@ def command(*arguments):
     return main(["speed", "kernels", *arguments])
 
 
+def only(shape, part, name):
+    """The one program of a contender."""
+    ((_, alternatives),) = contenders.programs(shape, part, name, CPU)
+    (program,) = alternatives.values()
+    return program
+
+
 def read(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -31,13 +38,15 @@ def read(path):
 def test_the_command_measures_every_contender_and_checks_it(tmp_path, capsys):
     out = tmp_path / "new" / "kernels.csv"
     arguments = ["--device", "cpu", "--shapes", "tiny", "--repeats", "1", "--accuracy", "--out", str(out)]
-    assert command(*arguments, "--backends", "dense,sdpa,triton") == 0
+    assert command(*arguments, "--backends", "dense,sdpa,triton,flex") == 0
     found = read(out)
     assert list(found[0]) == list(kernels.COLUMNS)
     names = {(row["shape"], row["part"], row["contender"]) for row in found}
     assert {(shape.name, part, "triton") for shape, part in CASES} <= names
     assert {(shape.name, part, "sdpa") for shape, part in CASES} <= names
     assert {(shape.name, "all", "dense") for shape in TINY} <= names
+    flexed = [row["configuration"].split(",")[0] for row in found if row["contender"] == "flex"]
+    assert flexed == ["permutation included", "excluded"] * 4
     for row in found:
         assert not row["reason"]
         assert float(row["ms_10"]) <= float(row["ms"]) <= float(row["ms_90"])
@@ -47,7 +56,8 @@ def test_the_command_measures_every_contender_and_checks_it(tmp_path, capsys):
             assert float(row["gb_per_s"]) > 0
         else:
             assert float(row["tflop_per_s"]) == pytest.approx(float(row["tflop"]) / float(row["ms"]) * 1e3, rel=1e-4)
-        if row["part"] in ("image", "all", "global") and row["contender"] != "dense":
+        exact = row["contender"] != "dense" and "excluded" not in row["configuration"]
+        if row["part"] in ("image", "all", "global") and exact:
             assert float(row["error"]) <= 2 * float(row["error_plain"]) + 1e-7
             assert 0 < float(row["error_plain"]) < 1e-6
     lines = capsys.readouterr().out.splitlines()
@@ -60,8 +70,7 @@ def test_the_compiled_baseline_gives_the_same():
     given = inputs.make(shape, CPU, seed=1)
     outputs = []
     for name in ("sdpa", "sdpa-compiled"):
-        ((_, program),) = contenders.programs(shape, "all", name, CPU)
-        outputs.append(program(given))
+        outputs.append(only(shape, "all", name)(given))
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -69,7 +78,7 @@ def test_the_compiled_baseline_gives_the_same():
 @pytest.mark.parametrize(("shape", "part"), [(s, p) for s, p in CASES if p in ("image", "all", "global")])
 def test_exact_rows_are_those_of_the_reference(shape, part):
     given = inputs.make(shape, CPU, seed=3)
-    ((_, program),) = contenders.programs(shape, part, "reference", CPU)
+    program = only(shape, part, "reference")
     double = inputs.Inputs(
         *(None if x is None else tuple(y.double() for y in x) for x in (given.image, given.text, given.guidance)),
         rope=given.rope,
@@ -77,7 +86,7 @@ def test_exact_rows_are_those_of_the_reference(shape, part):
     )
     expected = kernels._sampled(shape, part, program(double))
     torch.testing.assert_close(inputs.rows(shape, part, given, torch.float64), expected, rtol=0, atol=1e-12)
-    assert expected.shape[1] == 48 + (0 if part == "image" else 4)
+    assert expected.shape[1] == 48 + (0 if part == "image" else 3)
 
 
 def test_the_parts_are_what_they_say():
@@ -85,8 +94,7 @@ def test_the_parts_are_what_they_say():
     given = inputs.make(shape, CPU, seed=4)
 
     def run(part):
-        ((_, program),) = contenders.programs(shape, part, "sdpa", CPU)
-        return program(given)
+        return only(shape, part, "sdpa")(given)
 
     text = tuple(x for x in given.text)
     plain = reference.neighborhood_patch_attention(
@@ -112,12 +120,11 @@ def test_flop_of_a_row_is_the_flop_counters(shape, part):
     hires_kernels.register_flop_formulas()
     given = inputs.make(shape, CPU, seed=5)
     with FlopCounterMode(display=False) as counter:
-        next(contenders.programs(shape, part, "triton", CPU))[1](given)
+        only(shape, part, "triton")(given)
     assert shape.flop(part) == counter.get_total_flops()
     if part in ("image", "all"):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that is counted
-            ((_, program),) = contenders.programs(shape, part, "dense", CPU)
-            program(given)
+            only(shape, part, "dense")(given)
         assert shape.flop(part, dense=True) == counter.get_total_flops()
 
 
@@ -196,12 +203,38 @@ def test_inputs_are_rotated_out_of_the_cache():
     assert len(different) == 3
 
 
+def test_the_fastest_configuration_counts(monkeypatch):
+    def programs(shape, part, name, device):
+        times = {"slow": 0.02, "fast": 0.001, "middle": 0.01}
+        yield "how", {name: lambda inputs, seconds=seconds: time.sleep(seconds) for name, seconds in times.items()}
+
+    monkeypatch.setattr(contenders, "programs", programs)
+    row = next(kernels.measure(CPU, [SHAPES["npa-tiny-0"]], ["flex"], repeats=3, accuracy=False))
+    assert row["configuration"] == "how, fast"
+    assert 1 <= row["ms"] < 10
+
+
+@pytest.mark.parametrize(("shape", "part"), [(s, p) for s, p in CASES if p in ("image", "all")])
+def test_flex_without_permutation_has_the_same_tokens_and_masks(shape, part):
+    given = inputs.make(shape, CPU, seed=6)
+    for configuration in flex.CONFIGURATIONS[::4]:
+        (query, key, value), _ = contenders._joined(shape, part, given)
+        mask = contenders._mask(shape, part, configuration, CPU)
+        assert (query.shape[1], key.shape[1], value.shape[1]) == (mask.seq_lengths[0], *[mask.seq_lengths[1]] * 2)
+        image, rows = contenders._flex_alone(shape, part, configuration, {})(given)
+        assert image.shape == query.shape and image.isfinite().all()
+        if part == "image" or shape.method == "npa":
+            assert rows is None
+        else:
+            torch.testing.assert_close(rows, contenders._flex(shape, part, configuration)(given)[1])
+
+
 def test_a_failing_contender_is_a_row_with_the_reason(tmp_path, capsys, monkeypatch):
     def programs(shape, part, name, device):
         if part == "image":
-            yield "hungry", lambda inputs: torch.empty(2**60)
-            yield "refused", lambda inputs: contenders._backend(shape, part, inputs, "sdap")
-            yield "able", lambda inputs: inputs.image
+            yield "", {"hungry": lambda inputs: torch.empty(2**60)}
+            yield "", {"refused": lambda inputs: contenders._backend(shape, part, inputs, "sdap")}
+            yield "", {"hungry": lambda inputs: torch.empty(2**60), "able": lambda inputs: inputs.image}
 
     monkeypatch.setattr(contenders, "programs", programs)
     out = tmp_path / "kernels.csv"
@@ -210,7 +243,7 @@ def test_a_failing_contender_is_a_row_with_the_reason(tmp_path, capsys, monkeypa
     hungry, refused, able = read(out)
     assert hungry["reason"].startswith("RuntimeError: ") and "memory" in hungry["reason"] and not hungry["ms"]
     assert refused["reason"].startswith("KernelError: unknown backend 'sdap'")
-    assert able["ms"] and not able["reason"]
+    assert able["ms"] and not able["reason"] and able["configuration"] == "able"
     assert "unknown backend" in capsys.readouterr().out
 
 

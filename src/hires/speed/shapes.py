@@ -68,7 +68,7 @@ def _shapes() -> list[Shape]:
         side, low = pixels // 16, pixels // 64
         local: dict[str, Any] = {"method": "local", "window": (0, 0), "radius": 8, "parts": ("image", "all")}
         found.append(replace(flux, name=f"local-flux-{pixels}", grid=(side, side), guidance_grid=(low, low), **local))
-    tiny: dict[str, Any] = {"heads": 2, "head_dim": 32, "dtype": "float32", "text": 5}
+    tiny: dict[str, Any] = {"heads": 1, "head_dim": 32, "dtype": "float32", "text": 3}
     found.append(replace(flux, name="npa-tiny-0", grid=(6, 8), window=(4, 6), **tiny))
     found.append(
         replace(flux, name="local-tiny-0", grid=(6, 8), guidance_grid=(3, 4), **(local | {"radius": 2}), **tiny)
