@@ -385,3 +385,33 @@ def test_the_flop_counter_counts_what_the_method_needs():
         )
     needed = flops.local_attention((8, 12), "radius", 2, batch=1, heads=2, head_dim=32, text=5, guidance_grid=(2, 3))
     assert counter.get_total_flops() == sum(needed)
+
+
+# Fused backends, in Triton's interpreter
+
+
+def wider(arguments, grad):
+    """The same call on float32 tensors of 32 channels, which the kernels take."""
+
+    def cast(x):
+        if isinstance(x, list):
+            return [cast(y) for y in x]
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().float().repeat_interleave(8, -1).requires_grad_(x.requires_grad and grad)
+
+    return [cast(x) for x in arguments]
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments", "grad"),
+    [
+        (library.neighborhood_patch_attention, npa_arguments(backend="triton", grad=False), False),
+        (library.local_attention, local_arguments(backend="triton"), True),
+        (library.local_attention, local_arguments(backend="triton", text=0, guidance=False), True),
+    ],
+    ids=["npa", "local", "local, image only"],
+)
+def test_fused_operators_pass_pytorchs_own_check(operator, arguments, grad):
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(operator._opoverload, tuple(wider(arguments, grad)), test_utils=checks)
