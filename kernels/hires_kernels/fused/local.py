@@ -257,7 +257,7 @@ def _query_gradient(
     FORM: tl.constexpr, GUIDANCE: tl.constexpr, QUERY_ROWS: tl.constexpr, QUERY_COLS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks like `_forward`. Writes delta = Σ o do, and dq / scale · log2 e, of each split."""
+    """Walks like `_forward`. Writes delta = Σ o do, and the part of dq that each split's keys give."""
     head = tl.program_id(1) % heads
     batch = tl.program_id(1) // heads
     split = tl.program_id(2)
@@ -739,11 +739,12 @@ def local_attention_with_logsumexp(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Image rows, text rows, and log2-sum-exp2 of the scores (batch, heads, image tokens + text tokens), float32."""
     inputs, settings = _checked(query, key, value, text=text, **options)
-    image = _attend(inputs.query, inputs, settings.near, settings.guidance, settings)
-    if inputs.text is None:
-        return image.output, text and torch.empty_like(text[0]), image.lse
-    from_text, _ = _text_views(settings, inputs.text_tokens)
-    text_rows = _attend(inputs.text[0], inputs, from_text, None, settings)
+    with torch.cuda.device_of(query):
+        image = _attend(inputs.query, inputs, settings.near, settings.guidance, settings)
+        if inputs.text is None:
+            return image.output, text and torch.empty_like(text[0]), image.lse
+        from_text, _ = _text_views(settings, inputs.text_tokens)
+        text_rows = _attend(inputs.text[0], inputs, from_text, None, settings)
     return image.output, text_rows.output, torch.cat([image.lse, text_rows.lse], -1)
 
 
@@ -753,9 +754,9 @@ def local_attention(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor | 
 
 def local_attention_backward(
     grad_image: Tensor,
-    grad_text: Tensor | None,
+    grad_text: Tensor,
     image: Tensor,
-    text_output: Tensor | None,
+    text_output: Tensor,
     logsumexp: Tensor,
     query: Tensor,
     key: Tensor,
@@ -767,18 +768,19 @@ def local_attention_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, of the text's and of the guidance's tensors, as far as there are any."""
     inputs, settings = _checked(query, key, value, text=text, guidance=guidance, **options)
-    near, low, tokens = settings.near, settings.guidance, query.shape[1]
-    lse = logsumexp[..., :tokens].contiguous()
+    near, low = settings.near, settings.guidance
+    lse, text_lse = (x.contiguous() for x in logsumexp.tensor_split([query.shape[1]], -1))
     image_rows = Rows(inputs.query, _loadable(grad_image), lse, torch.empty_like(lse))
-    grads = [_query_gradients(image_rows, image, inputs, near, low, settings)]
     text_rows, text_grads = None, [torch.zeros_like(x) for x in text or ()]
-    if inputs.text and grad_text is not None and text_output is not None:
-        from_text, to_text = _text_views(settings, inputs.text_tokens)
-        lse = logsumexp[..., tokens:].contiguous()
-        text_rows = Rows(inputs.text[0], _loadable(grad_text), lse, torch.empty_like(lse))
-        text_grads = [_query_gradients(text_rows, text_output, inputs, from_text, None, settings)]
-        text_grads += _key_gradients(*inputs.text[1:], image_rows, text_rows, to_text, settings)
-    grads += _key_gradients(inputs.key, inputs.value, image_rows, text_rows, near, settings)
-    if inputs.guidance and low:
-        text_grads += _key_gradients(*inputs.guidance, image_rows, None, low, settings)
-    return grads + text_grads
+    guidance_grads: tuple[Tensor, ...] = ()
+    with torch.cuda.device_of(query):
+        grad_query = _query_gradients(image_rows, image, inputs, near, low, settings)
+        if inputs.text:
+            from_text, to_text = _text_views(settings, inputs.text_tokens)
+            text_rows = Rows(inputs.text[0], _loadable(grad_text), text_lse, torch.empty_like(text_lse))
+            text_grads = [_query_gradients(text_rows, text_output, inputs, from_text, None, settings)]
+            text_grads += _key_gradients(*inputs.text[1:], image_rows, text_rows, to_text, settings)
+        image_grads = _key_gradients(inputs.key, inputs.value, image_rows, text_rows, near, settings)
+        if inputs.guidance and low:
+            guidance_grads = _key_gradients(*inputs.guidance, image_rows, None, low, settings)
+    return [grad_query, *image_grads, *text_grads, *guidance_grads]
