@@ -114,7 +114,7 @@ def local_attention(
         guidance_grid: its (rows, columns). Its windows have side max(1, r / s) tokens, r being 2 · radius or
             window and s the ratio of the grids. A query sees the guidance window that holds its place, and
         guidance_neighbours: the windows to its left and right ("row") or all eight around it ("all").
-        order: order in which tokens are visited, "hilbert", "window" or "raster". Never changes the result.
+        order: order in which tokens are visited, "hilbert", "morton", "window" or "raster". Never changes the result.
         scale: factor of the scores, head_dim ** -0.5 by default.
         backend: "auto" or a name in `BACKENDS`.
 
