@@ -27,9 +27,10 @@ def names() -> tuple[str, ...]:
     return (*BASELINES, *(name for name in hires_kernels.BACKENDS if name not in ("sdpa", "reference")))
 
 
-def cudnn(device: torch.device) -> AbstractContextManager[Any]:
-    """PyTorch's attention through cuDNN or not at all; on the CPU whatever there is."""
-    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device.type == "cuda" else nullcontext()
+def attention(shape: Shape, name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """PyTorch's attention through cuDNN or not at all; with a mask, and on the CPU, whatever PyTorch chooses."""
+    masked = shape.method == "local" and name.startswith("sdpa")
+    return nullcontext() if masked or device.type == "cpu" else sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
 
 
 def programs(shape: Shape, part: str, name: str, device: torch.device) -> Iterator[tuple[str, Alternatives]]:
@@ -45,7 +46,8 @@ def programs(shape: Shape, part: str, name: str, device: torch.device) -> Iterat
             yield "", {library: lambda inputs: _dense(inputs, part)}
     elif name.startswith("sdpa"):
         attend = _compiled(_gathered, name)
-        yield "", {f"gather, {library}": lambda inputs: attend(shape, part, inputs)}
+        with_mask = "masked SDPA" if shape.method == "local" else library
+        yield "", {f"gather, {with_mask}": lambda inputs: attend(shape, part, inputs)}
     elif name == "flex":
         if part in ("image", "all"):
             yield "permutation included", {_name(c): _flex(shape, part, c) for c in flex.CONFIGURATIONS}

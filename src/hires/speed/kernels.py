@@ -84,7 +84,7 @@ def measure(
                         if exact is None:
                             exact = rows(shape, part, first, torch.float64)
                             plain = _error(rows(shape, part, first, first.image[0].dtype), exact)
-                        with torch.no_grad(), contenders.cudnn(device):
+                        with torch.no_grad(), contenders.attention(shape, name, device):
                             given = _sampled(shape, part, alternatives[best](first))
                         row |= {"error": _error(given, exact), "error_plain": plain}
                     yield row | machine
@@ -111,7 +111,7 @@ def _timed(
     _clear(device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     try:
-        with torch.no_grad(), contenders.cudnn(device):
+        with torch.no_grad(), contenders.attention(shape, name, device):
             times = milliseconds(lambda index: program(sets[index % len(sets)]), device, repeats, len(sets))
     except Exception as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "")
