@@ -15,7 +15,8 @@ The backward pass needs no atomics, and so gives the same bits every time: one k
 
 Tiles are chosen by counting the keys that are loaded (`tiles`). FLUX 4096², radius 8, 128 queries and 128 keys: query
 tiles of 8×16 load 24×32 keys in 6 steps for the 289 that each query needs (16×16 would load 1,024, 4×32 960), 128
-guidance keys in 1 step for 48 and 512 text keys in 4: 1,408 a query, 1.13 TFLOP a layer, .42 more for text rows.
+guidance keys in 1 step for 48 and 512 text keys in 4: 1,392 a query with the borders, 1.12 TFLOP a layer where .67 are
+needed, .42 more for text rows.
 """
 
 from functools import cache, lru_cache
