@@ -12,6 +12,7 @@ and in a fixed order.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import starmap
 from math import ceil
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def _turn(
     x, output, cos, sin, shift, walk, grid, window, patches, tokens, heads, DIM: tl.constexpr, ROWS: tl.constexpr
 ):
     """output (batch, patches, tokens, heads, DIM): x (batch, tokens, heads, DIM) at the corner of each window."""
-    patch = tl.program_id(1)
+    patch = tl.program_id(0)
     batch = tl.program_id(2)
     _, _, window_row, window_col = _place(patch, batch, patches, grid, window, shift)
     pair = tl.arange(0, DIM // 2)
@@ -102,7 +103,7 @@ def _turn(
     turn_cos = tl.load(cos + corner).to(tl.float32)[None, :]
     turn_sin = tl.load(sin + corner).to(tl.float32)[None, :]
 
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = (place < tokens * heads)[:, None]
     first = batch.to(tl.int64) * walk[0] + (place // heads).to(tl.int64) * walk[1] + place % heads * walk[2]
     channel = tl.arange(0, DIM)[None, :]
@@ -257,6 +258,7 @@ def launch(query: Tensor) -> Launch:
     return LAUNCHES[max(key for key in LAUNCHES if key <= major)][query.shape[-1]]
 
 
+@cache
 def tile_shape(window: Grid, keys: int) -> Grid:
     """(rows, columns) of the tile of `keys` tokens, powers of two, that covers a window with the fewest tiles."""
     shapes = [(keys // cols, cols) for cols in (2**power for power in range(keys.bit_length())) if cols <= keys]
@@ -388,7 +390,7 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor] | None, patches: Patches) -> Ten
     batch, tokens, heads, dim = x.shape
     cos, sin = (part.contiguous() for part in rope)
     rows = 32
-    _turn[(ceil(tokens * heads / rows), output.shape[1], batch)](
+    _turn[(output.shape[1], ceil(tokens * heads / rows), batch)](
         x, output, cos, sin, patches.shift, x.stride()[:3], patches.grid, patches.window, patches.count, tokens, heads,
         DIM=dim, ROWS=rows, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Compile the kernels of neighborhood patch attention for sm_90, no GPU needed; print a line of figures for each.
+
+Run it alone, without TRITON_INTERPRET: `python tests/compile_for_hopper.py`.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from types import SimpleNamespace
+
+import torch
+import triton
+from hires_kernels.fused import npa
+from hires_kernels.hopper import npa as hopper
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+HOPPER = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    get_device_interface=lambda: torch.cuda,
+)
+CASES = {  # grid, window, text tokens, heads, head dim, dtype
+    "FLUX": ((128, 128), (64, 64), 512, 24, 128, torch.bfloat16),
+    "FLUX, ragged": ((100, 130), (52, 76), 77, 24, 128, torch.bfloat16),
+    "SDXL": ((128, 128), (64, 64), None, 10, 64, torch.float16),
+}
+
+
+def figures(kernel):
+    """What ptxas says of a kernel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        ptxas = triton.knobs.nvidia.ptxas.path
+        log = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+    found = {name: int(re.search(rf"(\d+) {words}", log)[1]) for name, words in WORDS.items()}
+    return found | {
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "tma": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
+        "serialised": "serialized" in log,
+    }
+
+
+WORDS = {"registers": "registers", "spills": "bytes spill stores"}
+
+
+def main():
+    triton.runtime.driver.set_active(HOPPER)
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=132)
+    torch.cuda.get_device_capability = lambda _: (9, 0)
+    npa.launch = lambda query: npa.LAUNCHES[9][query.shape[-1]]
+    npa.programs = lambda *_: 132
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, warmup, **options):
+        compiled.append((self, run(self, *arguments, warmup=True, **options)))
+
+    JITFunction.run = compile_only
+    for case, (grid, window, text_tokens, heads, dim, dtype) in CASES.items():
+        tokens = grid[0] * grid[1]
+        image = torch.empty(1, tokens, 3, heads, dim, dtype=dtype).unbind(2)
+        text = None if text_tokens is None else torch.empty(1, text_tokens, 3, heads, dim, dtype=dtype).unbind(2)
+        rope = (torch.empty(tokens, dim),) * 2
+        for backend, attend in (("triton", npa.attend), ("gluon", hopper.attend)):
+            compiled.clear()
+            npa.neighborhood_patch_attention(
+                *image, grid=grid, window=window, text=text, rope=rope, shift=None, text_rows="patch", scale=0.1,
+                run=attend,
+            )  # fmt: skip
+            for function, kernel in compiled:
+                if function.__name__ == "_attend":
+                    print(json.dumps({"case": case, "backend": backend} | figures(kernel)))
+
+
+if __name__ == "__main__":
+    main()

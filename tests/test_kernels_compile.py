@@ -1,0 +1,30 @@
+"""What the compiler makes of the kernels for Hopper, without one: matrix instructions, TMA, memory, no spills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_MEMORY = 227 * 1024  # of a thread block
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    lines = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return {(line["backend"], line["case"]): line for line in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize("case", ["FLUX", "FLUX, ragged", "SDXL"])
+def test_npa_compiles_for_hopper(case, backend, compiled):
+    figures = compiled[backend, case]
+    assert figures["wgmma"] > 0 and figures["tma"] > 0 and not figures["serialised"]
+    assert figures["shared"] <= SHARED_MEMORY
+    assert figures["spills"] == 0 or (case == "FLUX, ragged" and figures["spills"] < 64)
