@@ -186,7 +186,7 @@ def test_defaults_are_the_papers():
     flux, sdxl = load_config_only("flux-dev"), load_config_only("sdxl")
     assert flux.defaults.model_dump(exclude_unset=True) == {
         "num_inference_steps": 30, "guidance_scale": 3.5, "tau": 600, "max_sequence_length": 512,
-        "lfm_factor": 1 / 4, "sg_factor": 1 / 4, "gamma": "sigma",
+        "lfm_factor": 1 / 4, "sg_factor": 1 / 4, "gamma": "sigma", "local_radius": 8,
     }  # fmt: skip
     assert sdxl.defaults.model_dump(exclude_unset=True) == {
         "num_inference_steps": 50, "guidance_scale": 7.5, "tau": 400,

@@ -211,10 +211,10 @@ def test_multidiffusion_sees_every_view_at_every_step(backbone):
 
 def test_multidiffusion_step_is_the_mean_of_single_views(backbone):
     """One step of one image, view by view through the backbone alone."""
-    sampling = Sampling(num_inference_steps=1, tau=1000, reference="latent").over(FAST).over(backbone.defaults)
+    sampling = Sampling(num_inference_steps=2, tau=500, reference="latent").over(FAST).over(backbone.defaults)
     base = base_latents(backbone, PROMPTS[:1], [0], 192, 320, sampling)  # 96x160, s = 2
     got = last(backbone, PROMPTS[:1], [0], Variant(views="multidiffusion"), 192, 320, sampling, base=base).latents
-    schedule = backbone.schedule(sampling, (12, 20), 0)
+    schedule = backbone.schedule(sampling, (12, 20), 1)
     generator = torch.Generator()
     seed_stage([generator], [0], 1)
     reference = F.interpolate(base, scale_factor=2, mode="bicubic", align_corners=False)
@@ -225,9 +225,9 @@ def test_multidiffusion_step_is_the_mean_of_single_views(backbone):
         for i in (0, 6, 12):
             for j in (0, 10, 20):
                 view = (..., slice(i, i + 12), slice(j, j + 20))
-                total[view] += backbone.predict(latents[view], schedule, 0, conditioning, sampling, (192, 320))
+                total[view] += backbone.predict(latents[view], schedule, 1, conditioning, sampling, (192, 320))
                 count[view] += 1
-        close(got, schedule.step(total / count, latents, 0, [generator]))
+        close(got, schedule.step(total / count, latents, 1, [generator]))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,8 @@ def test_a_window_of_one_token_is_refused_at_once():
         ({"sampling": Sampling(tau=10).over(FAST)}, "tau = 10 of 3 steps"),
         ({"sampling": Sampling(attention_backend="spda").over(FAST)}, "did you mean 'sdpa'"),
         ({"sampling": Sampling(sg_factor=0.01).over(FAST)}, "low-pass factor 0.01"),
-        ({"variant": Variant(attention="scale_dit")}, "unknown attention kind"),
+        ({"variant": Variant(attention="scale_dit", start="noise")}, "start from the base"),
+        ({"variant": Variant(attention="scale_dit"), "sampling": Sampling(lr_ratio=3).over(FAST)}, "10.6667x10.6667"),
         ({"base": torch.zeros(1, 16, 8, 8)}, r"latents of shape \(1, 16, 8, 8\): this target needs \(1, 16, 16, 16\)"),
         ({"image": torch.zeros(1, 3, 64, 64)}, r"needs \(1, 3, 128, 128\)"),
         ({"strength": 0.5}, "give an image"),

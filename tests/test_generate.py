@@ -26,7 +26,7 @@ def cli(*args):
                  *(f"--set={name}={value}" for name, value in FAST.items()), *map(str, args)])  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.adapter is None])
 def test_every_variant_makes_an_image(backbone, variant):
     (image,) = hires.generate(backbone, "two red cubes", variant, height=256, width=192, **FAST)
     assert image.size == (192, 256) and image.mode == "RGB"

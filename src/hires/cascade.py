@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from hires.attention import attention_layers, draw_shifts, use_attention
+from hires.adapters import adapter_switched
+from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
 from hires.backbones.base import Backbone, Conditioning, draw
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
@@ -131,9 +132,17 @@ def _predictor(
 
 def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     """Options of the variant's attention kind."""
-    if variant.attention != "npa":
-        return {}
-    return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend}
+    if variant.attention == "npa":
+        return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend}
+    if variant.attention == "scale_dit":
+        return {
+            "radius": sampling.local_radius if sampling.local_window is None else None,
+            "window": sampling.local_window,
+            "neighbours": sampling.lr_neighbours,
+            "order": sampling.token_order,
+            "backend": sampling.attention_backend,
+        }
+    return {}
 
 
 def _check_stages(
@@ -147,6 +156,8 @@ def _check_stages(
         for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
             if used:
                 low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
+        if variant.attention == "scale_dit":
+            _low_size(size, sampling)
 
 
 def _denoise(
@@ -161,10 +172,12 @@ def _denoise(
     base_size: Size,
     reference: Tensor | None = None,
     callback: Callback | None = None,
+    low: Guidance | None = None,
 ) -> Tensor:
     """Run a stage's steps: clean latents of noisy ones. `base_size` in latent pixels: the window, and the view.
 
-    `reference`: Z_ref of Structure Guidance, or None to run without it.
+    `reference`: Z_ref of Structure Guidance, or None to run without it. `low`: what Scale-DiT's steps see of the
+    low-resolution image, or None.
     """
     size = (latents.shape[2], latents.shape[3])
     first, steps = schedule.first, schedule.num_inference_steps - schedule.first
@@ -174,13 +187,18 @@ def _denoise(
     options = _attention_options(variant, sampling)
     if variant.attention == "npa" and sampling.random_shift:  # drawn before the loop, a table of steps and layers
         options["shifts"] = draw_shifts(generators, steps, attention_layers(backbone.model, size, base_size))
+    if low is not None:
+        options["guidance"] = low
     kind: Gamma = sampling.gamma or "normalised"
     factor = sampling.sg_factor or 1.0
     low_reference = None if reference is None else low_pass(reference, sampling.low_pass, factor)
     shares = schedule.noise_shares
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
-    with use_attention(backbone.model, variant.attention, canvas, base_size, **options) as attention:
+    with (
+        adapter_switched(backbone.model, variant.adapter or "", on=False),
+        use_attention(backbone.model, variant.attention, canvas, base_size, **options) as attention,
+    ):
         for step in range(first, schedule.num_inference_steps):
             attention.step = step - first
             output = predict(latents, step)
@@ -240,6 +258,43 @@ def _reference(
     return latent_frequency_mixing(latent_upsampled, rgb_upsampled, sampling.low_pass, sampling.lfm_factor or 1.0)
 
 
+def _low_size(size: Size, sampling: Sampling) -> Size:
+    """Latent size of the image that guides a Scale-DiT stage of `size`; HiresError unless it has whole tokens."""
+    low = size[0] / sampling.lr_ratio, size[1] / sampling.lr_ratio
+    if any(side < 2 or side % 2 for side in low):
+        raise HiresError(
+            f"lr_ratio = {sampling.lr_ratio:g}: a stage of {size[0]}x{size[1]} latent pixels would be guided by "
+            f"{low[0]:g}x{low[1]:g}: sides must be even; choose another size or ratio"
+        )
+    return int(low[0]), int(low[1])
+
+
+def _low_resolution(
+    backbone: Backbone,
+    latents: Tensor,
+    pixels: Tensor | None,
+    size: Size,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    variant: Variant,
+    generators: Sequence[Generator],
+) -> Guidance | None:
+    """One pass over the image that guides a Scale-DiT stage of `size` (latent pixels), with the adapter on.
+
+    That image is the stage's input, made smaller where it isn't 1 / lr_ratio of the stage's side already.
+    """
+    if variant.attention != "scale_dit" or not sampling.lr_keys:
+        return None
+    low = _low_size(size, sampling)
+    if tuple(latents.shape[2:]) != low:
+        if pixels is None:
+            pixels = backbone.decode(latents, sampling.vae_tiling)
+        reduced = resize(pixels, (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling)
+        latents = backbone.encode(reduced, generators, sampling.posterior, sampling.vae_tiling)
+    with adapter_switched(backbone.model, variant.adapter or "", on=sampling.lr_adapter):
+        return backbone.low_resolution_guidance(latents, size, conditioning, sampling)
+
+
 def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], variant: Variant) -> None:
     if len(prompts) != len(seeds):
         raise HiresError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
@@ -250,11 +305,10 @@ def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], var
         raise HiresError("a variant that starts from noise has no base image, so lfm and sg must be off")
     if variant.views != "none" and variant.attention != "dense":
         raise HiresError(f"views of the base size leave {variant.attention!r} attention nothing to do: allowed: dense")
-    if variant.adapter and variant.adapter not in backbone.pipe.get_active_adapters():
-        raise HiresError(
-            f"the variant needs the adapter {variant.adapter!r}: load it with "
-            f"pipe.load_lora_weights(path, adapter_name={variant.adapter!r})"
-        )
+    if variant.attention == "scale_dit" and variant.start == "noise":
+        raise HiresError("scale_dit is guided by a base image: start from the base")
+    if variant.adapter:
+        backbone.require_adapter(variant.adapter)
 
 
 @torch.no_grad()
@@ -333,7 +387,7 @@ def cascade(
         backbone.first_step(stage_sampling), backbone.first_step(sampling)
         _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in sizes[1:]], base_size)
 
-    steps = 0
+    steps, plain = 0, Variant(adapter=variant.adapter)
     with Meter(backbone.device) as cost:
         conditioning = backbone.encode_prompt(prompts, sampling)
         if image is not None:
@@ -344,10 +398,13 @@ def cascade(
         else:
             steps = sampling.num_inference_steps or 1
             latents = _from_noise(
-                backbone, conditioning, sampling, Variant(), generators, "base", base_size, base_size, callback
+                backbone, conditioning, sampling, plain, generators, "base", base_size, base_size, callback
             )
     yield Stage("base", *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
 
+    guided = sampling
+    if sampling.stage_guidance_scale is not None:
+        guided = Sampling.of(guidance_scale=sampling.stage_guidance_scale).over(sampling)
     for index, size in enumerate(sizes[1:], 1):
         if not variant.denoise:
             with Meter(backbone.device) as cost:
@@ -359,6 +416,8 @@ def cascade(
         with Meter(backbone.device) as cost:
             seed_stage(generators, seeds, index)
             reference = _reference(backbone, latents, image, size, sampling, variant, generators)
+            latent_size = backbone.latent_size(*size)
+            low = _low_resolution(backbone, latents, image, latent_size, conditioning, sampling, variant, generators)
             first = backbone.first_step(stage_sampling)
             schedule = backbone.schedule(sampling, base_size, first)
             noisy = schedule.add_noise(reference, draw(generators, reference.shape[1:], backbone.device))
@@ -367,13 +426,14 @@ def cascade(
                 noisy,
                 schedule,
                 conditioning,
-                sampling,
+                guided,
                 variant,
                 generators,
                 name,
                 base_size,
                 reference if variant.sg else None,
                 callback,
+                low,
             )
         steps = schedule.num_inference_steps - first
         yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)

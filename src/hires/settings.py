@@ -39,6 +39,19 @@ class Sampling(BaseModel):
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
     text_rows: Literal["patch", "global"] = Field("patch", description="how text queries see the image under NPA")
     random_shift: bool = Field(False, description="NPA query window random shifting (ScaleDiff, appendix B.1)")
+    local_radius: int | None = Field(None, ge=1, description="Scale-DiT: tokens that a token sees to each side")
+    local_window: int | None = Field(None, ge=1, description="Scale-DiT: side of fixed windows, in place of the radius")
+    token_order: Literal["hilbert", "morton", "window", "raster"] = Field(
+        "hilbert", description="Scale-DiT: token order"
+    )
+    lr_ratio: float = Field(4.0, ge=1, description="Scale-DiT: side of a stage over that of the image that guides it")
+    lr_keys: bool = Field(True, description="Scale-DiT: see the low-resolution image; false is an ablation")
+    lr_neighbours: Literal["row", "all"] = Field("row", description="Scale-DiT: windows of it beside a token's own")
+    lr_anchors: bool = Field(
+        True, description="Scale-DiT: its tokens stand where their content stands; false: at (i, j)"
+    )
+    lr_adapter: bool = Field(True, description="Scale-DiT: the adapter is on for it; false is an ablation")
+    stage_guidance_scale: float | None = Field(None, ge=0, description="guidance of the stages above the base")
     view_overlap: float = Field(0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap")
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
     time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")

@@ -37,6 +37,8 @@ VARIANTS: Mapping[str, Variant] = {
     "npa+lfm": Variant(attention="npa", lfm=True),
     "npa+sg": Variant(attention="npa", sg=True),
     "scalediff": Variant(attention="npa", lfm=True, sg=True),
+    "scale-dit": Variant(stages="single", attention="scale_dit", adapter="scale-dit"),
+    "hybrid": Variant(attention="scale_dit", lfm=True, sg=True, adapter="scale-dit"),
 }
 
 

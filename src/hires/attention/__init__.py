@@ -3,5 +3,15 @@
 from hires.attention.context import KINDS, use_attention
 from hires.attention.layers import AttentionHandle, Layer, attention_layers
 from hires.attention.npa import draw_shifts
+from hires.attention.scale_dit import Guidance, low_resolution_pass
 
-__all__ = ["KINDS", "AttentionHandle", "Layer", "attention_layers", "draw_shifts", "use_attention"]
+__all__ = [
+    "KINDS",
+    "AttentionHandle",
+    "Guidance",
+    "Layer",
+    "attention_layers",
+    "draw_shifts",
+    "low_resolution_pass",
+    "use_attention",
+]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hires.attention import npa
+from hires.attention import npa, scale_dit
 from hires.attention.layers import AttentionHandle, Grid, attention_layers
 from hires.attention.processors import stock
 from hires.errors import unknown
@@ -22,7 +22,11 @@ def _dense(stock_processors: Processors, handle: AttentionHandle) -> Processors:
 
 # A kind turns the stock processors of the layers, {layer name: processor}, into its own. Its keyword-only
 # parameters are the options of the kind.
-KINDS: dict[str, Callable[..., Processors]] = {"dense": _dense, "npa": npa.processors}
+KINDS: dict[str, Callable[..., Processors]] = {
+    "dense": _dense,
+    "npa": npa.processors,
+    "scale_dit": scale_dit.processors,
+}
 
 
 @contextmanager
@@ -37,12 +41,13 @@ def use_attention(
 
     Args:
         model: FluxTransformer2DModel or UNet2DConditionModel.
-        kind: "dense" (the model's own attention) or "npa" (Neighborhood Patch Attention, arXiv 2510.25818). A layer
-            whose window covers its grid keeps its own attention.
+        kind: "dense" (the model's own attention), "npa" (Neighborhood Patch Attention, arXiv 2510.25818; a layer whose
+            window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX only).
         size: (height, width) of the latents that the model will see, in latent pixels.
         base_size: (height, width) in latent pixels whose grid is the window of each layer.
         options: of "npa": text_rows ("patch" | "global"), backend ("auto" or a backend of hires_kernels), shifts
-            (a table from `draw_shifts`, or None).
+            (a table from `draw_shifts`, or None). Of "scale_dit": radius or window (tokens), neighbours ("row" |
+            "all"), order, guidance (from `low_resolution_pass`, or None), collect, backend.
 
     Yields:
         AttentionHandle: `.layers` in call order; set `.step` in the sampling loop where shifts are given.

@@ -11,10 +11,10 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
-    _get_qkv_projections,
 )
 from torch import Tensor, nn
 
+from hires.attention.flux import check_call, joint_projections
 from hires.attention.layers import AttentionHandle, Layer
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -99,13 +99,7 @@ class NpaLayer:
 
     def check(self, tokens: int, attention_mask: Tensor | None) -> None:
         """Raise HiresError where the model was called with other latents than the context was opened for."""
-        if tokens != self.tokens:
-            raise HiresError(
-                f"{self.layer.name} got {tokens} image tokens, its grid {self.layer.grid[0]}x{self.layer.grid[1]} has "
-                f"{self.tokens}: give use_attention the latents' own size"
-            )
-        if attention_mask is not None:
-            raise HiresError(f"{self.layer.name} got an attention mask: npa takes none")
+        check_call("npa", self.layer, tokens, attention_mask)
 
     def shift(self, batch: int) -> Tensor | None:
         """Offsets (batch, 2) of the current step; classifier-free guidance repeats the images, and so the rows."""
@@ -186,35 +180,20 @@ class FluxNpaProcessor(WindowedProcessor):
 
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
         """What the processor returns, and the image query as projected."""
-        projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
-        norms = attn.norm_q.weight, attn.norm_k.weight
-        if encoder_hidden_states is None:
-            text_tokens = hidden_states.shape[1] - self.operation.tokens
-            text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
-            query, key, value = (x[:, text_tokens:] for x in (query, key, value))
-            text_norms = norms
-        else:
-            text_tokens = encoder_hidden_states.shape[1]
-            text = tuple(x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:])
-            text_norms = attn.norm_added_q.weight, attn.norm_added_k.weight
-        self.operation.check(query.shape[1], attention_mask)
-        rope = tuple(part[text_tokens:] for part in image_rotary_emb)
-        turned_query, turned_key, *turned_text = hires_kernels.qk_norm_rope(
-            query,
-            key,
-            norms,
-            rope,
-            text=text[:2],
-            text_weight=text_norms,
-            eps=attn.norm_q.eps,
-            backend="reference" if self.operation.backend == "reference" else "auto",
+        joint = joint_projections(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            image_rotary_emb,
+            self.operation.tokens,
+            self.operation.backend,
         )
-        rows = self.operation(turned_query, turned_key, value, text=(*turned_text, text[2]), rope=rope)
+        self.operation.check(joint.query.shape[1], attention_mask)
+        rows = self.operation(joint.query, joint.key, joint.value, text=joint.text, rope=joint.rope)
         image, text_rows = (x.flatten(2) for x in rows)
         if encoder_hidden_states is None:
-            return torch.cat([text_rows, image], dim=1), query
-        return (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text_rows)), query
+            return torch.cat([text_rows, image], dim=1), joint.projected
+        return (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text_rows)), joint.projected
 
 
 class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):

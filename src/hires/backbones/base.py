@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Generator, Tensor
 
+from hires.adapters import switch_adapter
+from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.settings import Sampling
@@ -108,6 +110,14 @@ class Backbone(ABC):
     ) -> Tensor:
         """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
 
+    def low_resolution_guidance(
+        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Sampling
+    ) -> Guidance:
+        """What Scale-DiT's steps at `size` (latent pixels) see of clean low-resolution `latents` (B, C, h, w)."""
+        raise HiresError(
+            f"attention 'scale_dit' needs joint attention of text and image: allowed: flux, got {self.family}"
+        )
+
     def _random_text(self, prompts: list[str], shapes: dict[str, tuple[int, ...]]) -> Conditioning:
         """Stand-in for text encoders that a random-weight model lacks: noise seeded by the prompt."""
         seeds = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) for prompt in prompts]
@@ -129,6 +139,22 @@ class Backbone(ABC):
     def scale(self) -> int:
         """Pixels a latent pixel, per side."""
         return self.pipe.vae_scale_factor
+
+    def require_adapter(self, name: str) -> None:
+        """Have the LoRA `name` loaded: by the user, or now from adapters/<name> in the model's folder, switched off.
+
+        HiresError where it is in neither place.
+        """
+        if name in {loaded for names in self.pipe.get_list_adapters().values() for loaded in names}:
+            return
+        folder = Path(self.pipe.name_or_path or "") / "adapters" / name
+        if not folder.is_dir():
+            raise HiresError(
+                f"the variant needs the adapter {name!r}: load it with "
+                f"pipe.load_lora_weights(path, adapter_name={name!r}), or train one with hires train scale-dit"
+            )
+        self.pipe.load_lora_weights(folder, adapter_name=name)
+        switch_adapter(self.model, name, on=False)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in latent pixels of a size in pixels."""

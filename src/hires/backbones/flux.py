@@ -5,6 +5,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from hires.attention import Guidance, low_resolution_pass
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.settings import Sampling
@@ -51,7 +52,7 @@ class Flux(Backbone):
         schnell = {"num_inference_steps": 4, "guidance_scale": 0.0, "tau": 500, "max_sequence_length": 256}
         dev = {"num_inference_steps": 30, "guidance_scale": 3.5, "tau": 600, "max_sequence_length": 512}
         steps = dev if self.model.config.guidance_embeds else schnell
-        return Sampling.of(**steps, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma")
+        return Sampling.of(**steps, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma", local_radius=8)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
@@ -84,6 +85,23 @@ class Flux(Backbone):
             self.device,
             sigmas=np.linspace(1.0, 1 / steps, steps),
             mu=config.base_shift + share * (config.max_shift - config.base_shift),
+        )
+
+    @torch.no_grad()
+    def low_resolution_guidance(
+        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Sampling
+    ) -> Guidance:
+        return low_resolution_pass(
+            self.model,
+            pack(latents).to(self.dtype),
+            conditioning["pooled"],
+            low_size=(latents.shape[2], latents.shape[3]),
+            size=size,
+            radius=sampling.local_radius,
+            window=sampling.local_window,
+            scaled=sampling.lr_anchors,
+            order=sampling.token_order,
+            backend=sampling.attention_backend,
         )
 
     def predict(

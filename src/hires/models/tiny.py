@@ -54,6 +54,7 @@ HINTS: dict[str, dict[str, Any]] = {
             "lfm_factor": 0.25,
             "sg_factor": 0.25,
             "gamma": "sigma",
+            "local_radius": 4,
         },
     },
     "tiny-sdxl": {

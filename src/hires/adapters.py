@@ -1,0 +1,35 @@
+"""LoRA adapters that a variant needs: found beside the model, switched on and off without touching the user's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def switch_adapter(model: nn.Module, name: str, on: bool) -> list[tuple[Any, Any, bool]]:
+    """Turn one LoRA of a model on or off; the others stay as they are. Returns every layer's former state.
+
+    peft's own switches also decide which weights want gradients, which is the training's business.
+    """
+    if not getattr(model, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer, _, disabled in before:
+        names = [other for other in layer.active_adapters if other != name and not disabled] + [name] * on
+        layer._active_adapter, layer._disable_adapters = names or layer._active_adapter, not names
+    return before
+
+
+@contextmanager
+def adapter_switched(model: nn.Module, name: str, on: bool) -> Iterator[None]:
+    """`switch_adapter` for a while."""
+    before = switch_adapter(model, name, on)
+    try:
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled

@@ -1,0 +1,76 @@
+"""What the processors of FLUX's joint attention share: projections, QK-norm and RoPE of both streams."""
+
+from typing import NamedTuple
+
+import hires_kernels
+from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
+from torch import Tensor
+
+from hires.attention.layers import Layer
+from hires.errors import HiresError
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Joint(NamedTuple):
+    """Tensors (batch, tokens, heads, head_dim) of one call.
+
+    query, key, value: of the image, normalised and rotated. text: query, key and value of the text, normalised, not
+    rotated. rope: (cos, sin) of the image tokens. projected: the image's query as projected.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    text: Triple
+    rope: tuple[Tensor, Tensor]
+    projected: Tensor
+
+
+def joint_projections(
+    attn: FluxAttention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    tokens: int,
+    backend: str,
+) -> Joint:
+    """A double block has its text apart, with its own projections; a single block in front of `tokens` image tokens."""
+    projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
+    norms = attn.norm_q.weight, attn.norm_k.weight
+    if encoder_hidden_states is None:
+        text_tokens = hidden_states.shape[1] - tokens
+        text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
+        query, key, value = (x[:, text_tokens:] for x in (query, key, value))
+        text_norms = norms
+    else:
+        text_tokens = encoder_hidden_states.shape[1]
+        added = [x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:]]
+        text = added[0], added[1], added[2]
+        text_norms = attn.norm_added_q.weight, attn.norm_added_k.weight
+    rope = image_rotary_emb[0][text_tokens:], image_rotary_emb[1][text_tokens:]
+    turned_query, turned_key, text_query, text_key = hires_kernels.qk_norm_rope(
+        query,
+        key,
+        norms,
+        rope,
+        text=text[:2],
+        text_weight=text_norms,
+        eps=attn.norm_q.eps,
+        backend="reference" if backend == "reference" else "auto",
+    )
+    assert text_query is not None and text_key is not None  # as text was given
+    return Joint(turned_query, turned_key, value, (text_query, text_key, text[2]), rope, query)
+
+
+def check_call(kind: str, layer: Layer, tokens: int, attention_mask: Tensor | None) -> None:
+    """Raise HiresError where the model was called with other latents than the context was opened for."""
+    expected = layer.grid[0] * layer.grid[1]
+    if tokens != expected:
+        raise HiresError(
+            f"{layer.name} got {tokens} image tokens, its grid {layer.grid[0]}x{layer.grid[1]} has {expected}: "
+            "give use_attention the latents' own size"
+        )
+    if attention_mask is not None:
+        raise HiresError(f"{layer.name} got an attention mask: {kind} takes none")
