@@ -1,5 +1,6 @@
 """`hires.generate` and `hires generate`."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -97,6 +98,15 @@ def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys):
     again = hires.generate(backbone, record["prompt"], Variant(**record["variant_fields"]), height=record["height"],
                            width=record["width"], seed=record["seed"], **settings)  # fmt: skip
     assert np.array_equal(np.array(again[0]), np.array(image))
+    assert record["image"] is None
+
+
+def test_the_record_knows_the_own_image_by_its_digest(tmp_path, capsys):
+    mine, out = tmp_path / "mine.png", tmp_path / "out.png"
+    Image.new("RGB", (96, 96), "teal").save(mine)
+    assert cli("--size", "192", "--image", mine, "--strength", "0.5", "--out", out) == 0
+    record = json.loads(Image.open(out).text["parameters"])
+    assert record["image"] == {"file": "mine.png", "sha256": hashlib.sha256(mine.read_bytes()).hexdigest()}
 
 
 def test_settings_are_taken_as_they_stand(tmp_path):

@@ -356,6 +356,7 @@ def cascade(
         HiresError: a size that the rule refuses, τ that leaves no step, a variant that contradicts itself.
     """
     prompts = list(prompts)
+    backbone.check_settings(sampling)
     sampling = sampling.over(backbone.defaults)
     _check(backbone, prompts, seeds, variant)
     generators = [Generator() for _ in seeds]

@@ -92,8 +92,12 @@ def record(
     stage: Stage,
     sampling: Sampling,
     strength: float | None = None,
+    image: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Everything that made an image but your own picture, as JSON-ready values: enough to make it again."""
+    """Everything that made an image, as JSON-ready values: enough to make it again.
+
+    `image` says which picture of your own took the base's place: file name and SHA-256.
+    """
     import diffusers
 
     chosen = find_variant(variant) if isinstance(variant, str) else variant
@@ -109,6 +113,7 @@ def record(
         "height": stage.height,
         "width": stage.width,
         "strength": strength,
+        "image": image,
         "sampling": sampling.over(backbone.defaults).model_dump(),
         "versions": {
             "hires": hires.__version__,

@@ -39,6 +39,7 @@ class Backbone(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type]
     families: ClassVar[dict[str, type["Backbone"]]] = {}
+    without: ClassVar[tuple[str, ...]] = ()  # settings that mean nothing to the family
 
     def __init_subclass__(cls) -> None:
         Backbone.families[cls.family] = cls
@@ -159,6 +160,13 @@ class Backbone(ABC):
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in latent pixels of a size in pixels."""
         return height // self.scale, width // self.scale
+
+    def check_settings(self, sampling: Sampling) -> None:
+        """Raise HiresError where a setting is given that this family has no use for."""
+        for name in self.without:
+            given = getattr(sampling, name)
+            if name in sampling.model_fields_set and given != Sampling.model_fields[name].default:
+                raise HiresError(f"setting {name} = {given!r} means nothing to a {self.family} model: leave it out")
 
     def first_step(self, sampling: Sampling) -> int:
         """Index of the first step of a stage: the last round(N·τ/1000) of N steps are run (paper: 20 of 50)."""

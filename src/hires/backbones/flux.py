@@ -35,6 +35,7 @@ class Flux(Backbone):
 
     family = "flux"
     pipeline_class = FluxPipeline
+    without = ("negative_prompt", "time_ids")
 
     @property
     def model(self):

@@ -15,6 +15,7 @@ class SDXL(Backbone):
 
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
+    without = ("max_sequence_length", "text_rows")
 
     @property
     def model(self):

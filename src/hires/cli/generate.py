@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     from hires.settings import Sampling
     from hires.sizes import parse_size
-    from hires.storage import replacing
+    from hires.storage import replacing, sha256
 
     height, width = parse_size(args.size)
     chosen = variant(args.variant)
@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> None:
         raise HiresError(f"--out {args.out}: only PNG carries the parameters: give a name that ends with .png")
     if not args.out.parent.is_dir():
         raise HiresError(f"--out {args.out}: the folder {args.out.parent} does not exist")
-    image = None
+    image, picture = None, None
     if args.image:
         try:
             image = Image.open(args.image).convert("RGB")
+            picture = {"file": Path(args.image).name, "sha256": sha256(Path(args.image))}
         except (OSError, UnidentifiedImageError) as error:
             raise HiresError(f"--image {args.image}: {error}") from None
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
     def save(stage: Stage, path: Path) -> None:
         info = PngImagePlugin.PngInfo()
-        parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength)
+        parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength, picture)
         info.add_text("parameters", json.dumps(parameters))
         with replacing(path) as temporary:
             decode(backbone, stage, sampling.vae_tiling)[0].save(temporary, "PNG", pnginfo=info)
