@@ -10,7 +10,7 @@ from hires.config import load_config
 from hires.devices import uses_gpu
 from hires.errors import HiresError
 from hires.prompts import parquet_files
-from hires.provenance import store_config
+from hires.provenance import store_config, stored_config
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
 from hires.stages.notebook import check_all
@@ -142,7 +142,7 @@ shell.prefix(
 )
 
 CONFIG = configured()
-CONFIG_FILE = str(store_config(CONFIG))
+CONFIG_FILE = str(stored_config(CONFIG))
 ENCODERS = sorted({path for name in (CONFIG.metrics.features, CONFIG.metrics.clip) for path in folder_files(name)})
 GPUS = int(uses_gpu(CONFIG.compute.device))
 
@@ -154,6 +154,7 @@ onstart:
     if workflow.is_main_process:
         try:
             claims.append(claim(CONFIG.root))
+            store_config(CONFIG)  # here, as a dry run must leave everything alone
         except HiresError as error:
             raise WorkflowError(str(error))
 

@@ -77,7 +77,7 @@ def test_the_jobs_of_a_small_run(folder):
         "all": 1,
     }
     assert "Using workflow specific profile" in done.stdout + done.stderr
-    assert load_config(folder / "results/smoke/config.yaml") == config.model_copy(update={"extends": None})
+    assert not (folder / "results").exists()
 
 
 def test_targets(folder):
@@ -150,12 +150,15 @@ def test_a_killed_run_does_not_stop_the_next(folder):
 
 
 def test_command_line_overrides_single_keys(folder):
-    done = snakemake(
-        folder, "-n", "prompts", "--configfile", "config/smoke.yaml", "--config", "compute={shard_size: 1}"
-    )
+    given = ["prompts", "--configfile", "config/smoke.yaml", "--config", "compute={shard_size: 1}", "name=other"]
+    done = snakemake(folder, "-n", *given)
     assert done.returncode == 0, done.stderr
-    config = load_config(folder / "results/smoke/config.yaml")
-    assert config.compute.shard_size == 1 and config.prompts.n == 2
+    assert not (folder / "results/other").exists()  # a dry run leaves everything alone
+    done = snakemake(folder, *given)
+    assert done.returncode == 0, done.stderr
+    stored = load_config(folder / "results/other/config.yaml")
+    given = load_config(ROOT / "config/smoke.yaml", {"compute": {"shard_size": 1}, "name": "other"})
+    assert stored == given.model_copy(update={"extends": None}) and stored.compute.shard_size == 1
     done = snakemake(folder, "-n", "--configfile", "config/smoke.yaml", "config/config.yaml")
     assert "give one --configfile" in done.stdout + done.stderr
 
@@ -163,7 +166,7 @@ def test_command_line_overrides_single_keys(folder):
 def test_figures_need_reference_results_and_generate_nothing(folder):
     done = snakemake(folder, "-n", "figures")
     assert "no results/reference/metrics.parquet to draw figures from yet" in done.stdout + done.stderr
-    (folder / "results/reference").mkdir()
+    (folder / "results/reference").mkdir(parents=True)
     (folder / "results/reference/metrics.parquet").touch()
     assert set(jobs(snakemake(folder, "-n", "figures"))) == {"redraw", "figures"}
 

@@ -58,9 +58,14 @@ def config_digest(config: Config) -> str:
     return digest(config_data(config))
 
 
+def stored_config(config: Config) -> Path:
+    """Where the stages of a run read the configuration: results/<name>/config.yaml."""
+    return config.root / "config.yaml"
+
+
 def store_config(config: Config) -> Path:
-    """Write the configuration to results/<name>/config.yaml unless it stands there; the stages of a run read it."""
-    path = config.root / "config.yaml"
+    """Write the configuration to `stored_config` unless it stands there."""
+    path = stored_config(config)
     write_changed(path, yaml.safe_dump(config_data(config), sort_keys=False, allow_unicode=True))
     return path
 
