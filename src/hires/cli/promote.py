@@ -1,8 +1,9 @@
 """Copy a finished model into the package, or the results of a full evaluation into results/reference.
 
 `hires promote tiny-flux` takes results/train/tiny-flux to src/hires/assets/tiny-flux, with tiny-vae from the same
-place inside; `hires promote results --from results/evaluation` takes tables, figures, scores and the records, never
-images. Nothing else writes tracked files.
+place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
+in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
+takes tables, figures, scores and the records, never images. Nothing else writes tracked files.
 """
 
 import argparse
@@ -12,18 +13,20 @@ import tempfile
 from pathlib import Path
 
 from hires.errors import HiresError, unknown
+from hires.storage import replacing
 
 REFERENCE = Path("results/reference")
+ADAPTER_BYTES = 2 * 2**20
 KEPT = ("metrics.parquet", "paired.parquet", "prompts.parquet", "provenance.json", "config.yaml", "tables", "figures")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip or results")
+    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit or results")
     parser.add_argument("--from", dest="source", type=Path, help="folder to copy (default results/train/WHAT)")
 
 
 def run(args: argparse.Namespace) -> None:
-    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "results")
+    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results")
     if args.what not in names:
         raise unknown("thing to promote", args.what, names)
     if args.what == "results":
@@ -36,6 +39,9 @@ def run(args: argparse.Namespace) -> None:
         raise HiresError(f"{source} holds no finished model (no training.json): train one with `hires train`")
     from hires.models import ASSETS, HINTS
 
+    if args.what == "scale-dit":
+        _promote_adapter(source, ASSETS / "tiny-flux")
+        return
     target = ASSETS / args.what
     ASSETS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ASSETS) as temporary:
@@ -52,6 +58,26 @@ def run(args: argparse.Namespace) -> None:
             shutil.rmtree(target)
         fresh.rename(target)
     print(f"{target}: {sum(f.stat().st_size for f in target.rglob('*')) / 2**20:.1f} MiB")
+
+
+def _promote_adapter(source: Path, model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from hires.backbones.loading import revision
+    from hires.lora import WEIGHTS, metadata
+
+    trained_on = json.loads((source / "training.json").read_text())["revision"]
+    if trained_on != revision(model):
+        raise HiresError(f"{source} was trained on other weights than {model} has: train it again")
+    weights = {key: x.half() for key, x in load_file(source / WEIGHTS).items()}
+    size = sum(x.nbytes for x in weights.values())
+    if size > ADAPTER_BYTES:
+        raise HiresError(f"{source}: {size / 2**20:.1f} MiB in half precision, at most 2 are embedded; lower lora.rank")
+    target = model / "adapters" / "scale-dit"
+    with replacing(target / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata(source / WEIGHTS))
+    shutil.copy(source / "training.json", target)
+    print(f"{target}: {size / 2**20:.1f} MiB")
 
 
 def _promote_results(source: Path) -> None:

@@ -1,17 +1,22 @@
-"""Train the embedded models on camera views of scenes: tiny-vae, tiny-flux, tiny-sdxl, tiny-clip.
+"""Train the embedded models on camera views of scenes (tiny-vae, tiny-flux, tiny-sdxl, tiny-clip), or a Scale-DiT
+adapter for any FLUX model on your images (scale-dit, by a recipe: --config).
 
 A run ends after --steps or --seconds, whichever comes first; weights and log go to --out. Sizes in pixels, times in
 seconds. tiny-flux and tiny-sdxl need a trained tiny-vae; `hires train evaluate` reads samples of a pipeline back.
+Of the options below scale-dit knows --config, --out, --steps, --seconds, --batch, --lr, --seed, --workers, --device
+and --resume; those that the recipe has too replace its values.
 """
 
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from hires.errors import HiresError, unknown
 
-TARGETS = ("pool", "tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip", "evaluate")
+TARGETS = ("pool", "tiny-vae", "tiny-flux", "tiny-sdxl", "tiny-clip", "evaluate", "scale-dit")
 VIEWS = 262_144
+RECIPE = Path("config/training/scale-dit.yaml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", type=int, default=VIEWS, help="rendered views to draw from")
     parser.add_argument("--pool", type=Path, help="folder of views rendered by `hires train pool` (default: render)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that prepare scenes")
+    parser.add_argument("--seed", type=int, help="seed (default: 0, or the recipe's)")
+    parser.add_argument("--workers", type=int, help="processes that prepare data (default: 0, or the recipe's)")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument("--vae", type=Path, default=Path("results/train/tiny-vae"), help="tiny-vae's folder")
-    parser.add_argument("--resume", type=Path, help="folder to continue from: its weights, not its optimiser")
+    parser.add_argument(
+        "--resume", type=Path, help="folder to continue from: its weights alone; scale-dit: its checkpoint, exactly"
+    )
+    parser.add_argument("--config", type=Path, default=RECIPE, help="scale-dit: the recipe, keys in docs/training.md")
     parser.add_argument("--distil-seconds", type=float, default=math.inf, help="tiny-flux: end of the second phase")
     parser.add_argument("--model-folder", type=Path, help="evaluate: the pipeline folder to read back")
     parser.add_argument("--prompts", type=int, default=256, help="evaluate: number of held-out captions")
@@ -53,6 +61,10 @@ def run(args: argparse.Namespace) -> None:
         evaluate(args.model_folder, device=device, prompts=args.prompts, guidance=args.guidance, out=args.out)
         return
     out = args.out or Path("results/train") / args.model
+    if args.model == "scale-dit":
+        _scale_dit(args, out, device)
+        return
+    args.seed, args.workers = args.seed or 0, args.workers or 0
     from hires.models import BASE_RESOLUTION
     from hires.training.data import Pool, render_pool
 
@@ -84,3 +96,19 @@ def run(args: argparse.Namespace) -> None:
         if not (args.vae / "config.json").is_file():
             raise HiresError(f"--vae {args.vae}: no tiny-vae there; make one with `hires train tiny-vae`")
         diffusion.train(args.model, out, pool(), vae=args.vae, distil_seconds=args.distil_seconds, **options)
+
+
+def _scale_dit(args: argparse.Namespace, out: Path, device: Any) -> None:
+    from hires.training import scale_dit
+    from hires.training.scale_dit_config import Recipe
+
+    given: dict[str, Any] = {key: getattr(args, key) for key in ("steps", "batch", "seed")}
+    given["optimizer"], given["data"] = {"lr": args.lr}, {"workers": args.workers}
+    recipe = Recipe.load(args.config, **_stated(given))
+    scale_dit.train(recipe, out, device=device, resume=args.resume, seconds=args.seconds)
+
+
+def _stated(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what was not given, sections too."""
+    kept = {key: _stated(value) if isinstance(value, dict) else value for key, value in options.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {})}

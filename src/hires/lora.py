@@ -1,0 +1,82 @@
+"""LoRA files of FLUX: written as diffusers names them, read in every naming that diffusers converts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hires.errors import HiresError
+from hires.storage import replacing
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def save_lora(pipe: Any, folder: Path, name: str) -> None:
+    """Write the LoRA `name` of a FluxPipeline's transformer to `folder`, for `pipe.load_lora_weights(folder)`.
+
+    The file says rank, alpha and targets too, without which diffusers would take alpha = rank.
+    """
+    model = pipe.transformer
+    config = model.peft_config[name]
+    shape = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    weights = {
+        key: x.detach().cpu().contiguous() for key, x in get_peft_model_state_dict(model, adapter_name=name).items()
+    }
+    with replacing(folder / WEIGHTS) as temporary:
+        pipe.save_lora_weights(folder, weights, weight_name=temporary.name, transformer_lora_adapter_metadata=shape)
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def load_lora(pipe: Any, source: Path, name: str) -> None:
+    """Load a LoRA into the transformer of a FluxPipeline as the adapter `name`.
+
+    Args:
+        source: a safetensors file, or a folder with pytorch_lora_weights.safetensors; in the naming of diffusers and
+            peft, kohya, xlabs and whatever else `pipe.lora_state_dict` knows.
+
+    Raises:
+        HiresError: there is no such file, it is cut short, of unknown naming, or made for another architecture.
+    """
+    file = source / WEIGHTS if source.is_dir() else source
+    if not file.is_file():
+        raise HiresError(f"LoRA {source}: there is no {WEIGHTS if source.is_dir() else 'such file'}")
+    try:
+        weights = pipe.lora_state_dict(load_file(file))
+    except SafetensorError:
+        raise HiresError(f"LoRA {file} is cut short or no safetensors file: fetch it again") from None
+    except (ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:160] or "its sizes differ from FLUX.1's"
+        raise HiresError(f"LoRA {file}: diffusers cannot convert it: {reason}") from None
+    check_lora(pipe.transformer, weights, str(file))
+    pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+
+
+def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """HiresError unless every matrix of a LoRA in diffusers' naming belongs to a layer of `model` and fits it.
+
+    diffusers itself would pass over a block that the model lacks.
+    """
+    layers = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    for key, weight in weights.items():
+        name, _, matrix = key.removeprefix("transformer.").partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            raise HiresError(f"LoRA {source}: its {key!r} is no LoRA matrix in a naming that diffusers knows")
+        if not key.startswith("transformer.") or name not in layers:
+            raise HiresError(f"LoRA {source} is of another architecture: this model has no layer {name!r}")
+        layer, reads = layers[name], matrix.startswith("A")
+        given, wanted = (weight.shape[1], layer.in_features) if reads else (weight.shape[0], layer.out_features)
+        if given != wanted:
+            raise HiresError(f"LoRA {source} is of another architecture: {name} is {wanted} wide here, {given} there")
