@@ -115,6 +115,7 @@ def test_own_variants_join_the_built_in_ones(tmp_path):
         ),
         (("studies", "main", "settings", {"a/b": {}}), ("settings.a/b", "letters, digits")),
         (("studies", "main", "settings", {"mean": {}}), ("settings.mean", "choose another")),
+        (("studies", "main", "settings", {"between": {}}), ("settings.between", "choose another")),
         (("studies", "main", "settings", {300: {}}), ("settings.300", "quote it: '300'")),
         (("studies", "main", 3), ("studies.main = 3", "must be a mapping")),
         (("studies", "main", "seeds", [-1]), ("studies.main.seeds.0 = -1", "greater than or equal to 0")),

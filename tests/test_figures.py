@@ -115,6 +115,42 @@ def test_differences_are_bold_where_zero_is_left_out(run):
     assert shown[tables.metric("clip").title] == "+0.10 [−0.05, +0.25]"
 
 
+@pytest.fixture
+def between():
+    """Differences of scale-dit's settings, as hires.metrics.paired writes them."""
+    place = {"study": "s", "setting": "between", "backbone": "tiny-flux", "height": 64, "width": 64, "n": 9}
+    rows = [("count", 0.3, 0.1, 0.5), ("kid_patch", 0.002, 0.001, 0.003), ("repetition", -0.1, -0.4, 0.2)]
+    names = {"a": "scale-dit, default", "b": "scale-dit, no-lr-keys"}
+    values = [dict(zip(("metric", "difference", "low", "high"), row)) for row in rows]
+    return pd.DataFrame([{**place, **names, **row} for row in values])
+
+
+def test_settings_are_contrasted_under_the_variant_they_share(between, tmp_path):
+    pairs = tables.against("scale-dit", ["default", "no-lr-keys", "absent"])
+    assert pairs == [("scale-dit, default", "scale-dit, no-lr-keys"), ("scale-dit, default", "scale-dit, absent")]
+    chosen = tables.contrasts(between, pairs)
+    (shown,) = tables.differences(chosen).to_dict("records")
+    assert shown["a − b"] == "scale-dit: default − no-lr-keys"
+    assert shown[tables.metric("count").title] == "**+0.30 [+0.10, +0.50]**"
+    assert tables.pair_label("scale-dit", "upsample") == "scale-dit − upsample"
+    assert tables.pair_label("npa, x", "scalediff, x") == "npa, x − scalediff, x"
+    figure = figures.paired_differences(chosen)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["scale-dit: default − no-lr-keys"]
+    assert has_colour(drawn(figure, tmp_path), figures.colour("scale-dit"))
+
+
+def test_outcomes_stand_beside_what_was_expected(between):
+    pair = ("scale-dit, default", "scale-dit, no-lr-keys")
+    sides = {"count": "higher", "kid_patch": "lower", "repetition": "lower", "spectrum": "lower"}
+    shown = tables.outcomes(between, [(*pair, sides)])
+    said = ["as expected", "the opposite", "no difference can be told", "–"]
+    assert shown["outcome"].tolist() == said
+    assert shown["found"].tolist() == ["+0.30 [+0.10, +0.50]", "+2.0 [+1.0, +3.0]", "−0.10 [−0.40, +0.20]", "–"]
+    turned = tables.outcomes(between, [(*reversed(pair), sides)])
+    assert turned["outcome"].tolist() == ["the opposite", "as expected", *said[2:]]
+    assert turned["found"][0] == "−0.30 [−0.50, −0.10]"
+
+
 def test_findings_name_the_best_and_the_tested(run):
     scores = run.scores("main")
     said = tables.findings(scores, run.paired)

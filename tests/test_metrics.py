@@ -420,7 +420,34 @@ def test_settings_are_averaged_image_by_image(references, blurred):
         for column in ("difference", "low", "high"):
             assert mean[column] == pytest.approx(expected[column])
         assert expected["low"] < expected["high"]
-    assert set(paired(pd.concat(sweep[:3]))["setting"]) == {"x"}
+    assert set(paired(pd.concat(sweep[:3]))["setting"]) == {"x", "between"}
+
+
+def test_settings_of_a_variant_are_compared_on_the_same_resamples(references, blurred):
+    """Differences and intervals are those of a bootstrap by hand, over the images' own differences."""
+    table = per_image(blurred, ["spectrum"])
+    names = {"study": "ablation", "backbone": "b", "height": 160, "width": 192}
+    bumps = {"x": np.linspace(0, 0.3, len(table)), "y": np.cos(np.arange(len(table))), "z": 0.0}
+
+    def rows(variant, setting, bump):
+        made = score(blurred, references, settings(scores=["spectrum"]), table.assign(value=table["value"] + bump))
+        return frame(made, variant=variant, setting=setting, **names)
+
+    made = pd.concat([rows(variant, setting, bump) for variant in "ab" for setting, bump in bumps.items()])
+    found = paired(made)
+    found = found[found["setting"] == "between"].set_index(["a", "b", "metric"]).sort_index()
+    pairs = {(f"{variant}, {one}", f"{variant}, {two}") for variant in "ab" for one, two in ("xy", "xz", "yz")}
+    assert set(found.index.droplevel("metric")) == pairs
+    shift = pd.Series(bumps["x"] - bumps["y"], index=table.index)[table["metric"] == "spectrum_mid"].to_numpy()
+    rng = np.random.default_rng([0, N])
+    means = [np.mean(np.repeat(shift, rng.multinomial(N, [1 / N] * N))) for _ in range(50)]
+    for variant in "ab":
+        row = found.loc[(f"{variant}, x", f"{variant}, y", "spectrum_mid")]
+        assert row["difference"] == pytest.approx(shift.mean())
+        assert [row["low"], row["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+        assert row["n"] == N
+    alone = paired(made[made["setting"] == "x"])
+    assert set(alone["setting"]) == {"x"}
 
 
 def test_paired_fid_resamples_both_sides_together(references, blurred):

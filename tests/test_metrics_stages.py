@@ -128,7 +128,12 @@ def test_kid_undefined_at_n_has_no_row(config):
 def test_paired_tests_tell_variants_apart(config):
     tests = pd.read_parquet(layout.paired(config))
     assert list(tests.columns) == PAIRED
-    assert set(zip(tests["a"], tests["b"])) == {("upsample", "npa")}
+    assert set(zip(tests["a"], tests["b"])) == {("upsample", "npa"), ("npa, a", "npa, b")}
+    settings = tests[tests["study"] == "few"]
+    assert set(settings["setting"]) == {"between"}
+    measured = settings[~settings["metric"].isin(["seconds", "peak_bytes"])]
+    assert (measured[["difference", "low", "high"]] == 0).all(axis=None)  # the same pictures in both settings
+    tests = tests[tests["study"] == "main"]
     row = tests.set_index("metric").loc["spectrum_high"]
     assert row["high"] < 0
     assert row["n"] == 12

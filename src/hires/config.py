@@ -29,7 +29,7 @@ HINTS = {  # what a pattern means, for the error and the README
     "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
 }
 TAKEN = ("reference", "train", "tables", "figures")  # folders of results/ that are no configuration's
-SETTINGS_TAKEN = {"reference", "mean"}  # names that tables give to the true images and to the mean over settings
+SETTINGS_TAKEN = {"reference", "mean", "between"}  # what tables call true images, the mean over settings, differences
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 

@@ -15,6 +15,7 @@ from hires.errors import HiresError
 
 TRUE = "true image"
 _REFERENCE = "reference"  # what the table of scores calls them
+BETWEEN = "between"  # settings of one variant compared, where paired.parquet names a setting
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
 
 
@@ -29,6 +30,11 @@ def repository_root(start: Path | None = None) -> Path:
 
 def size_name(height: int, width: int) -> str:
     return f"{height}x{width}"
+
+
+def named(variant: str, setting: str) -> str:
+    """A variant in one setting, as paired.parquet names it in a and b where settings are compared."""
+    return f"{variant}, {setting}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Results:
 
     @cached_property
     def paired(self) -> pd.DataFrame:
-        """Paired differences between variants; empty where none were computed."""
+        """Paired differences between variants, and between settings; empty where none were computed."""
         file = self.path / "paired.parquet"
         columns = ["study", "setting", "backbone", "height", "width", "metric", "a", "b"]
         return (

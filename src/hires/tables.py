@@ -1,13 +1,13 @@
 """Scores as tables: what a metric is called, which way is better, and how a value with its interval is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hires.results import TRUE, repository_root, size_name, where
+from hires.results import TRUE, named, repository_root, size_name, where
 from hires.variants import VARIANTS
 
 COMPONENTS = ("npa", "npa+lfm", "npa+sg", "scalediff")
@@ -21,6 +21,9 @@ CONTRASTS = (
     ("scalediff", "multidiffusion+lfm+sg"),
     ("scalediff", "direct"),
     ("scalediff", "upsample"),
+    ("scale-dit", "upsample"),
+    ("scale-dit", "scalediff"),
+    ("hybrid", "scalediff"),
 )
 QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "seconds")  # what papers print
 CONTENT = ("count", "colours", "repetition", "spectrum", "spectrum_low", "spectrum_mid", "spectrum_high")
@@ -140,18 +143,50 @@ def contrasts(paired: pd.DataFrame, pairs: Sequence[tuple[str, str]] = CONTRASTS
     return pd.concat([where(both, a=a, b=b) for a, b in pairs], ignore_index=True)
 
 
+def against(variant: str, settings: Iterable[str], reference: str = "default") -> list[tuple[str, str]]:
+    """Pairs for `contrasts`: a variant in the `reference` setting, with itself in each other one of `settings`."""
+    return [(named(variant, reference), named(variant, setting)) for setting in settings if setting != reference]
+
+
+def pair_label(a: str, b: str) -> str:
+    """`a − b`; two settings of one variant share its name."""
+    (variant, _, setting), (other, _, changed) = a.partition(", "), b.partition(", ")
+    return f"{variant}: {setting} − {changed}" if setting and variant == other else f"{a} − {b}"
+
+
 def differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """Paired differences a − b, one column per metric; bold where the interval leaves out zero."""
     names = [name for name in metrics_of(paired) if names is None or name in names]
     rows = []
     paired = paired.sort_values(["backbone", "height", "width"], kind="stable")
     for (backbone, height, width, a, b), group in paired.groupby(["backbone", "height", "width", "a", "b"], sort=False):
-        row = {"backbone": backbone, "size": size_name(height, width), "a − b": f"{a} − {b}", "n": _range(group["n"])}
+        row = {"backbone": backbone, "size": size_name(height, width), "a − b": pair_label(a, b)}
+        row["n"] = _range(group["n"])
         for name in names:
             cell = where(group, metric=name)
-            row[metric(name).title] = _difference(cell.iloc[0], metric(name).scale) if len(cell) else "–"
+            row[metric(name).title] = _difference(cell.iloc[0], metric(name)) if len(cell) else "–"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def outcomes(paired: pd.DataFrame, expected: Sequence[tuple[str, str, Mapping[str, str]]]) -> pd.DataFrame:
+    """What was expected of differences beside what was found, one row per pair, size and metric; dashes if untested.
+
+    Args:
+        expected: a, b and, for each metric, on which side of zero a − b should lie: "lower" or "higher".
+    """
+    rows = []
+    for a, b, sides in expected:
+        for name, side in sides.items():
+            row = {"a − b": pair_label(a, b), "metric": metric(name).title, "expected": side}
+            tests = where(contrasts(paired, [(a, b)]), metric=name)
+            for test in tests.itertuples():
+                place = {"backbone": test.backbone, "size": size_name(test.height, test.width), "n": test.n}
+                rows.append({**place, **row, "found": _signed(test, metric(name)), "outcome": _outcome(test, side)})
+            if tests.empty:
+                rows.append(row)
+    columns = ["backbone", "size", "a − b", "n", "metric", "expected", "found", "outcome"]
+    return pd.DataFrame(rows, columns=columns).astype(object).fillna("–")
 
 
 def published(paper: str, table: str) -> pd.DataFrame:
@@ -235,12 +270,22 @@ def _best(rows: pd.DataFrame, shown: Metric) -> str:
 
 
 def _tested(test: Any, shown: Metric) -> str:
-    text = interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
+    text = _signed(test, shown)
     if not excludes_zero(test.low, test.high):
         verdict = "no difference can be told"
     else:
         verdict = "better" if (test.difference < 0) == (shown.better == "lower") else "worse"
     return f"{test.a} − {test.b} on the same images: {text}, {verdict}."
+
+
+def _outcome(test: Any, side: str) -> str:
+    if not excludes_zero(test.low, test.high):
+        return "no difference can be told"
+    return "as expected" if (test.difference < 0) == (side == "lower") else "the opposite"
+
+
+def _signed(test: Any, shown: Metric) -> str:
+    return interval(test.difference * shown.scale, test.low * shown.scale, test.high * shown.scale, signed=True)
 
 
 def protocols(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -263,8 +308,8 @@ def _groups(metrics: pd.DataFrame):
                 yield backbone, size_name(height, width), variant, where(rows, variant=variant)
 
 
-def _difference(row: pd.Series, scale: float) -> str:
-    text = interval(row["difference"] * scale, row["low"] * scale, row["high"] * scale, signed=True)
+def _difference(row: pd.Series, shown: Metric) -> str:
+    text = _signed(row, shown)
     return f"**{text}**" if excludes_zero(row["low"], row["high"]) else text
 
 

@@ -79,10 +79,13 @@ def style() -> Iterator[None]:
 
 
 def colour(variant: str) -> str:
+    """The variant's colour; also for a variant `named` with a setting."""
+    variant = variant.partition(", ")[0]
     return _LOOKS[variant][0] if variant in _LOOKS else _OTHERS[crc32(variant.encode()) % len(_OTHERS)]
 
 
 def marker(variant: str) -> str:
+    variant = variant.partition(", ")[0]
     return _LOOKS[variant][1] if variant in _LOOKS else "."
 
 

@@ -15,6 +15,7 @@ from hires.metrics import distances
 from hires.metrics.bootstrap import centred, draw_prompts, interval
 from hires.metrics.features import Features
 from hires.metrics.pixels import BANDS
+from hires.results import BETWEEN, named
 
 FID_REPLICATES = 200  # at most: each takes singular values
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
@@ -270,21 +271,28 @@ def _means(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(scores: pd.DataFrame) -> pd.DataFrame:
-    """Differences a − b between the variants of each study, setting, backbone and size, with 95 % intervals.
+    """Differences a − b between the image sets of each study, backbone and size, with 95 % intervals.
+
+    Compared are the variants of one setting, and the settings of one variant: these stand under the setting `BETWEEN`,
+    with a and b `named` by both. A study of several settings also has the means over them, under the setting `MEAN`.
 
     Replicates of both sides come from the same resampled prompts (`bootstrap.draw_prompts`), so their differences are
     those of a paired bootstrap: for a mean over images that of the per-image differences, for FID, KID and IS that of
-    the sets. A study of several settings also has the means over them, under the setting `MEAN`.
+    the sets.
 
     Args:
         scores: what `frame` gave for image sets; one trial.
     """
+    place = ["study", "setting", "backbone", "height", "width", "metric"]
+    within = pd.concat([scores, _means(scores)])
+    within = within.assign(name=within["variant"])
+    across = scores.assign(setting=BETWEEN, name=[*map(named, scores["variant"], scores["setting"])])
     found = []
-    keys = ["study", "setting", "backbone", "height", "width", "metric"]
-    for key, group in pd.concat([scores, _means(scores)]).groupby(keys, sort=False):
-        for a, b in combinations(group.itertuples(), 2):
-            if a.n != b.n:
-                continue
-            low, high = interval(np.asarray(a.replicates) - np.asarray(b.replicates))
-            found.append([*key, a.variant, b.variant, a.value - b.value, low, high, a.n])
+    for rows, keys in ((within, place), (across, [*place, "variant"])):
+        for key, group in rows.groupby(keys, sort=False):
+            for a, b in combinations(group.itertuples(), 2):
+                if a.n != b.n:
+                    continue
+                low, high = interval(np.asarray(a.replicates) - np.asarray(b.replicates))
+                found.append([*key[: len(place)], a.name, b.name, a.value - b.value, low, high, a.n])
     return pd.DataFrame(found, columns=PAIRED)

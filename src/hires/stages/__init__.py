@@ -8,7 +8,7 @@ VERSIONS = {
     "images": 1,
     "features": 1,
     "scores": 1,
-    "metrics": 1,
+    "metrics": 2,
     "notebook": 1,
     "report": 1,
     "provenance": 1,
