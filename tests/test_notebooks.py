@@ -1,5 +1,6 @@
 """Notebooks: clean as they are stored, and they run from a results folder to its tables and figures."""
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,7 @@ def execute(name, folder, monkeypatch, cwd=ROOT, **parameters):
 
 
 def test_notebooks_are_there():
-    names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated"]
+    names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated", "05_scale_dit"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -114,3 +115,45 @@ def test_illustrations_and_exploration_run(results, tmp_path, monkeypatch):
         output for cell in done.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == 3
+
+
+DRAWN = {f"scale-dit-{name}" for name in ("masks", "keys", "orders", "blocks", "anchors")}
+
+
+def test_scale_dit_runs_on_its_studies(tmp_path, monkeypatch):
+    results = results_tree.add_scale_dit(
+        results_tree.build(tmp_path / "results", sizes=((64, 2),), variants=("upsample",), backbones=("tiny-flux",))
+    )
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    log = [{"step": 10 * k, "loss": 1 / k} for k in range(1, 9)]
+    (adapter / "training.json").write_text(json.dumps({"log": log, "validation": [{"step": 80, "loss": 0.3}]}))
+    options = {"adapter": str(adapter), "sides": [16, 32], "prompts": 1}
+    execute("05_scale_dit", tmp_path, monkeypatch, results=str(results), output=str(tmp_path), **options)
+    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
+    place = "tiny-flux-64x64"
+    compared = {f"scale-dit-{name}-{place}" for name in ("paired", "images", "ablation-paired")}
+    assert figures == DRAWN | {"scale-dit-training"} | compared
+    written = {path.stem: pd.read_csv(path) for path in (tmp_path / "tables").glob("*.csv")}
+    assert set(written["scale-dit"]["variant"]) == {"upsample", "scalediff", "scale-dit", "hybrid"}
+    assert written["scale-dit-ablation"]["variant"].iloc[0] == "default"
+    stored = pd.read_parquet(results / "paired.parquet")
+    pairs = written["scale-dit-ablation-paired"].drop_duplicates(["a", "b"])
+    assert len(pairs) == 5  # three against the default, two against tau-643
+    row = written["scale-dit-paired"].query("a == 'hybrid' and b == 'scalediff' and metric == 'count'").iloc[0]
+    same = stored.query("study == 'scale-dit' and a == 'scalediff' and b == 'hybrid' and metric == 'count'").iloc[0]
+    assert row["difference"] == -same["difference"]
+    expected = written["scale-dit-expected"]
+    tested = expected[expected["outcome"] != "–"]
+    assert len(expected) == 28  # as config/scale-dit-evaluation.yaml says
+    assert len(tested) == 21  # this tree has no spectral distance
+    assert set(tested["outcome"]) == {"as expected", "the opposite"}
+
+
+def test_scale_dit_says_how_to_make_its_studies(results, tmp_path, monkeypatch):
+    done = execute("05_scale_dit", tmp_path, monkeypatch, results=str(results), output=str(tmp_path), sides=[16, 32])
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn - {"scale-dit-training"} == DRAWN
+    said = "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
+    for study in ("scale-dit", "scale-dit-ablation"):
+        assert f"no study '{study}' in these results: hires run --config config/scale-dit-evaluation.yaml" in said

@@ -2,13 +2,28 @@
 
 from hires.figures.methods import attention_windows, band_spectra, cost, counted_cost, guidance_weight, npa_patches
 from hires.figures.pictures import busiest, comparison, latent_spectra, radial_power, radial_spectra, ring_power
+from hires.figures.scale_dit import (
+    anchor_places,
+    attention_masks,
+    block_map,
+    block_shares,
+    blocks,
+    seen_keys,
+    token_orders,
+    training_curve,
+)
 from hires.figures.scores import paired_differences, score_points, spectra, sweep
 from hires.figures.style import PAGE_WIDTH, colour, label, marker, save, style
 
 __all__ = [
     "PAGE_WIDTH",
+    "anchor_places",
+    "attention_masks",
     "attention_windows",
     "band_spectra",
+    "block_map",
+    "block_shares",
+    "blocks",
     "busiest",
     "colour",
     "comparison",
@@ -25,7 +40,10 @@ __all__ = [
     "ring_power",
     "save",
     "score_points",
+    "seen_keys",
     "spectra",
     "style",
     "sweep",
+    "token_orders",
+    "training_curve",
 ]
