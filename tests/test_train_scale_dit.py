@@ -312,6 +312,19 @@ def test_only_the_adapter_changes(tmp_path):
     assert any("lora_B" in name for name in changed) and any("lora_A" in name for name in changed)
 
 
+def test_accumulated_passes_are_one_larger_batch(tmp_path):
+    halves, whole = (
+        Trainer(recipe(batch=n, accumulation=2 // n, lora={"targets": PUBLISHED}), tmp_path, CPU) for n in (1, 2)
+    )
+    for trainer in (halves, whole):
+        for place in range(trainer.recipe.accumulation):
+            trainer.run_pass(trainer.encoder.batch(*trainer.passes[place], None))
+    assert sum(p.grad.norm() for p in whole.parameters) > 0
+    for a, b in zip(halves.parameters, whole.parameters):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(halves.run_pass.total / 2, whole.run_pass.total)
+
+
 class Interrupted(Exception):
     pass
 
