@@ -12,7 +12,7 @@ reproduce: $(READY)
 	$(IN_VENV) snakemake --cores all
 
 test: $(READY)
-	$(IN_VENV) pytest
+	$(IN_VENV) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(IN_VENV) ruff check

@@ -37,6 +37,7 @@ from hires.training.scale_dit import (
     Trainer,
     add_adapter,
     build_optimizer,
+    checkpointed,
     rate,
     times,
     train,
@@ -145,6 +146,30 @@ def test_the_gradient_reaches_the_adapter_through_low_resolution_keys_and_values
     names = [n for n, _ in model.named_parameters() if ADAPTER in n]
     unused = {name for name, g in zip(names, given) if g is None}
     assert unused and all(name.startswith(("single_transformer_blocks.4", "proj_out")) for name in unused)
+
+
+def test_gradient_checkpointing_changes_no_gradient(backbone):
+    parameters = with_lora(backbone)
+    model, batch, sampling = backbone.model, batch_of(), recipe().sampling
+    runs = []
+    model.single_transformer_blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def gradients():
+        runs.clear()
+        return torch.autograd.grad(velocity_loss(model, batch, sampling), parameters, allow_unused=True)
+
+    plain, plain_runs = gradients(), len(runs)
+    model.enable_gradient_checkpointing(checkpointed)
+    again, again_runs = gradients(), len(runs)
+    assert (plain_runs, again_runs) == (2, 4)
+    for a, b in zip(plain, again):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    former = {type(module.processor).__name__ for module in model.modules() if hasattr(module, "processor")}
+    assert former == {"FluxAttnProcessor"}
+    low = low_resolution_pass(model, pack(batch.low), batch.pooled, low_size=(4, 4), size=(16, 16), radius=2)
+    torch.autograd.grad(low.layers[-1][0].sum(), parameters, allow_unused=True)
+    assert len(low.layers) == 7  # the second run adds none
 
 
 def test_the_loss_falls_on_one_batch():
@@ -337,7 +362,7 @@ def interrupt(step):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"ema": 0.9, "accumulation": 2, "validation": {"every": 2, "samples": 2}},
+        {"ema": 0.9, "accumulation": 2, "validation": {"every": 2, "samples": 2}, "gradient_checkpointing": True},
         {"optimizer": {"name": "prodigy", "warmup": 2, "decay_from": 0.5, "clip": 0.1}, "data": {"pool": 5}},
     ],
     ids=["AdamW", "Prodigy"],

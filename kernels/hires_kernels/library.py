@@ -75,10 +75,11 @@ def _register_autograd(operator: CustomOpDef, backward: CustomOpDef, leading: in
         ctx.save_for_backward(*output[:outputs], *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors[outputs:])
+        tensors = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
+        saved = iter(tensors[outputs:])
         leaves = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
         inputs = tree_unflatten(leaves, ctx.structure)
-        given = iter(backward(grads, ctx.saved_tensors[:outputs], *inputs))
+        given = iter(backward(grads, tensors[:outputs], *inputs))
         parts = [next(given) if isinstance(x, Tensor) else [next(given) for _ in x] for x in inputs[:leading]]
         return *parts, *(_no_grad(x) for x in inputs[leading:])
 

@@ -154,7 +154,9 @@ class Backbone(ABC):
                 f"the variant needs the adapter {name!r}: load it with "
                 f"pipe.load_lora_weights(path, adapter_name={name!r}), or train one with hires train scale-dit"
             )
-        self.pipe.load_lora_weights(folder, adapter_name=name)
+        from hires.lora import load_lora  # peft: slow to import
+
+        load_lora(self.pipe, folder, name)
         switch_adapter(self.model, name, on=False)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
