@@ -113,6 +113,10 @@ class BackboneEntry(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the model")
     base_resolution: int = Field(1024, ge=1, description="side of the square that the model was trained at, pixels")
     size_multiple: int = Field(64, ge=1, description="sides of every stage are multiples of this, pixels")
+    adapters: dict[Name, str] = Field(
+        default_factory=dict,
+        description="adapter of a variant → LoRA folder or file; default: adapters/ in the model's",
+    )
     sampling: Sampling = Field(default_factory=Sampling, description="settings on top of the model's own")
 
 
@@ -161,7 +165,9 @@ class Patch(Section):
 class Metrics(Section):
     """Scores and their protocol."""
 
-    features: Literal["tiny-clip", "inception"] = Field("tiny-clip", description="feature model of FID, KID and IS")
+    features: Literal["tiny-clip", "inception", "inception-tf1"] = Field(
+        "tiny-clip", description="feature model of FID, KID and IS; inception-tf1: resized as torch-fidelity does"
+    )
     clip: str = Field("tiny-clip", description="pair of encoders of the CLIP score: tiny-clip, a folder or a hub id")
     scores: Annotated[list[Score], Field(min_length=1), AfterValidator(_distinct)] = Field(
         list(get_args(Score)), description="scores to compute"

@@ -92,8 +92,11 @@ def parquet_files(source: str | Path) -> list[Path]:
     elif has_magic(str(path)):
         files = sorted(map(Path, glob(str(path), recursive=True)))
     else:
-        remote = "; sources are local files: download it first" if "://" in str(source) else ""
-        raise HiresError(f"prompts.source {str(source)!r} does not exist{remote}")
+        remedy = "sources are local files: download it first" if "://" in str(source) else "put parquet files there"
+        raise HiresError(
+            f"prompts.source {str(source)!r} does not exist: {remedy}, or name your own file, folder or glob: "
+            "snakemake --config 'prompts={source: PATH}', or a configuration that extends this one"
+        )
     if not files:
         raise HiresError(f"prompts.source {str(source)!r}: no parquet file there")
     return files

@@ -34,6 +34,7 @@ class Backbone(ABC):
         base_resolution: side in pixels of the square that the model was trained at.
         size_multiple: every side of a stage is a multiple of it, in pixels.
         defaults: sampling settings that hold where a call gives none.
+        adapters: where the LoRAs of variants lie (name → folder or file) that aren't in the model's own folder.
     """
 
     family: ClassVar[str]
@@ -52,6 +53,7 @@ class Backbone(ABC):
         self.base_resolution = int(hints.get("base_resolution", self._trained_resolution()))
         self.size_multiple = int(hints.get("size_multiple", 64))
         self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
+        self.adapters: dict[str, Path] = {}
 
     @classmethod
     def from_pipeline(
@@ -142,21 +144,22 @@ class Backbone(ABC):
         return self.pipe.vae_scale_factor
 
     def require_adapter(self, name: str) -> None:
-        """Have the LoRA `name` loaded: by the user, or now from adapters/<name> in the model's folder, switched off.
+        """Have the LoRA `name` loaded: by the user, or now, switched off, from where `adapters` says, else from
+        adapters/<name> in the model's folder.
 
-        HiresError where it is in neither place.
+        HiresError where it is in none of these places.
         """
         if name in {loaded for names in self.pipe.get_list_adapters().values() for loaded in names}:
             return
-        folder = Path(self.pipe.name_or_path or "") / "adapters" / name
-        if not folder.is_dir():
+        place = self.adapters.get(name, Path(self.pipe.name_or_path or "") / "adapters" / name)
+        if not place.exists():
             raise HiresError(
-                f"the variant needs the adapter {name!r}: load it with "
+                f"the variant needs the adapter {name!r}, and {place} isn't there: load it with "
                 f"pipe.load_lora_weights(path, adapter_name={name!r}), or train one with hires train scale-dit"
             )
         from hires.lora import load_lora  # peft: slow to import
 
-        load_lora(self.pipe, folder, name)
+        load_lora(self.pipe, place, name)
         switch_adapter(self.model, name, on=False)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def _items(config: Config, images: ImageSet, shard: int) -> list[Item]:
         variant=config.variants()[images.variant].model_dump(),
         size=[images.height, images.width],
         sampling=given.model_dump(exclude_unset=True),
-        **models.identity(config.backbones[images.backbone]),
+        **models.identity(config.backbones[images.backbone], config.variants()[images.variant].adapter),
     )
 
 

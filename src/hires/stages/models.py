@@ -20,15 +20,17 @@ def load(config: Config, backbone: str, device: str) -> "Backbone":
 
     torch.set_num_threads(config.compute.threads)
     entry = config.backbones[backbone]
-    return _load(entry.model, entry.weights, entry.dtype, device)
+    return _load(entry.model, entry.weights, entry.dtype, tuple(entry.adapters.items()), device)
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, weights: Any, dtype: str, device: str) -> "Backbone":
+def _load(model: str, weights: Any, dtype: str, adapters: tuple[tuple[str, str], ...], device: str) -> "Backbone":
     from hires.backbones import load
 
     quiet("diffusers", "transformers")
-    return load(model, device=device, dtype=dtype, weights=weights)
+    backbone = load(model, device=device, dtype=dtype, weights=weights)
+    backbone.adapters = {name: Path(place) for name, place in adapters}
+    return backbone
 
 
 def quiet(*libraries: str) -> None:
@@ -40,8 +42,17 @@ def quiet(*libraries: str) -> None:
 
 
 def files(entry: BackboneEntry) -> list[Path]:
-    """Files of a backbone's model, as `folder_files`; none for random weights."""
+    """Files of a backbone's model, as `folder_files`, none for random weights; and those of its adapters."""
+    return _model_files(entry) + [file for place in entry.adapters.values() for file in _adapter_files(place)]
+
+
+def _model_files(entry: BackboneEntry) -> list[Path]:
     return [] if entry.weights == "random" else folder_files(entry.model)
+
+
+def _adapter_files(place: str) -> list[Path]:
+    path = Path(place)
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def folder_files(model: str) -> list[Path]:
@@ -50,14 +61,16 @@ def folder_files(model: str) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
 
 
-def identity(entry: BackboneEntry) -> dict[str, Any]:
-    """What tells a model from every other: its name, how it is loaded, and the content of a local folder."""
-    return {
-        "model": entry.model,
-        "weights": entry.weights,
-        "dtype": entry.dtype,
-        "content": _content(tuple(files(entry))),
-    }
+def identity(entry: BackboneEntry, adapter: str | None = None) -> dict[str, Any]:
+    """What tells a model from every other: its name, how it is loaded, and the content of a local folder.
+
+    `adapter`: the one that a variant needs; its content counts too where the configuration says where it lies.
+    """
+    told: dict[str, Any] = {"model": entry.model, "weights": entry.weights, "dtype": entry.dtype}
+    told["content"] = _content(tuple(_model_files(entry)))
+    if adapter in entry.adapters:
+        told["adapter"] = _content(tuple(_adapter_files(entry.adapters[adapter])))
+    return told
 
 
 @lru_cache

@@ -10,6 +10,8 @@ from hires.config import BackboneEntry, Config, ImageSet
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
+from hires.stages.arithmetic import ARCHITECTURES, step_flop
+from hires.variants import Variant
 
 # Seconds on one CPU core, float32, one image: area in pixels -> seconds. A step of tiny-sdxl is two model calls (CFG);
 # a view is one of eight in a batch. Measured with one thread, best of four, rounded up by a third for two jobs at once.
@@ -21,6 +23,7 @@ VIEW = {"tiny-flux": 0.012, "tiny-sdxl": 0.014}
 DECODE = {128**2: 0.034, 256**2: 0.13, 512**2: 0.68}
 ENCODE = {128**2: 0.015, 256**2: 0.055, 512**2: 0.33}
 START = 5.5  # seconds until a job has imported torch and diffusers and loaded its model
+SUSTAINED = 200  # TFLOP/s: dense FLUX.1-dev at 4096² is 3.9 PFLOP a step, in 17.89 s on the GPU of Scale-DiT's table
 
 # Steps and τ of the papers, for models that are not in the repository
 PAPERS = {
@@ -40,7 +43,8 @@ class Row:
     size: str
     images: int
     stages: str  # side lengths on the way, each with its steps: "256x256: 5, 512x512: 5"
-    seconds: float | None  # of one core; None where no measured cost is known
+    seconds: float | None  # of one CPU core; None where no measured cost is known
+    flop: float | None  # of denoising; None where the architecture isn't known
 
 
 def plan(config: Config) -> list[Row]:
@@ -51,10 +55,13 @@ def plan(config: Config) -> list[Row]:
         sampling = _sampling(config, base.study, base.setting, base.backbone)
         steps, images = sampling.num_inference_steps, base.n * len(base.seeds)
         size = f"{base.height}x{base.width}"
-        seconds = None
+        seconds = flop = None
         if steps and entry.model in STEP:
             seconds = images * steps * _cost(STEP[entry.model], base.height * base.width)
-        rows.append(Row("", "", base.backbone, "base", size, images, f"{size}: {steps or '?'}", seconds))
+        if steps and entry.model in ARCHITECTURES:
+            sides = base.height, base.width
+            flop = images * steps * step_flop(ARCHITECTURES[entry.model], sides, sides, Variant(), sampling)
+        rows.append(Row("", "", base.backbone, "base", size, images, f"{size}: {steps or '?'}", seconds, flop))
     return rows + [_image_row(config, images) for images in config.image_sets()]
 
 
@@ -82,6 +89,10 @@ def _image_row(config: Config, images: ImageSet) -> Row:
                 step = count * VIEW[entry.model]
             seconds += (steps or 0) * step
             before = (height, width)
+    flop = None
+    if steps is not None and entry.model in ARCHITECTURES:
+        window = base or (entry.base_resolution, entry.base_resolution)
+        flop = steps * sum(step_flop(ARCHITECTURES[entry.model], sides, window, variant, sampling) for sides in stages)
     count = images.n * len(images.seeds)
     return Row(
         images.study,
@@ -92,6 +103,7 @@ def _image_row(config: Config, images: ImageSet) -> Row:
         count,
         ", ".join(f"{h}x{w}: {'?' if steps is None else steps}" for h, w in stages),
         None if seconds is None else count * seconds,
+        None if flop is None else count * flop,
     )
 
 
@@ -124,15 +136,20 @@ def _cost(table: dict[int, float], area: int) -> float:
 def describe(config: Config) -> str:
     """The plan as text: a table, the steps that τ keeps, totals."""
     rows = plan(config)
-    header = ("study", "setting", "backbone", "variant", "size", "images", "steps of each stage", "seconds")
-    cells = [
-        (r.study, r.setting, r.backbone, r.variant, r.size, str(r.images), r.stages, _seconds(r.seconds)) for r in rows
-    ]
+    header = ["study", "setting", "backbone", "variant", "size", "images", "steps of each stage"]
+    cells = [[r.study, r.setting, r.backbone, r.variant, r.size, str(r.images), r.stages] for r in rows]
+    for name, values in (
+        ("seconds", [r.seconds for r in rows]),
+        ("PFLOP", [None if r.flop is None else r.flop / 1e15 for r in rows]),
+    ):
+        if any(value is not None for value in values):
+            header.append(name)
+            cells = [[*cell, _number(value)] for cell, value in zip(cells, values)]
     widths = [max(map(len, column)) for column in zip(header, *cells)]
-    right = (5, 7)
+    right = (5, 7, 8)
     lines = [
         "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in (header, tuple("-" * w for w in widths), *cells)
+        for row in (header, ["-" * w for w in widths], *cells)
     ]
     lines += ["", *_taus(config), "", _total(config, rows)]
     return "\n".join(lines)
@@ -163,15 +180,24 @@ def jobs(config: Config) -> int:
 
 def _total(config: Config, rows: list[Row]) -> str:
     text = f"{sum(row.images for row in rows if row.variant != 'base')} images in {jobs(config)} jobs"
-    if any(row.seconds is None for row in rows):
-        return f"{text}; no estimate where the cost of a model was not measured"
-    start = jobs(config) * START
-    total = start + sum(row.seconds or 0 for row in rows)
-    return (
-        f"{text}: about {_seconds(total)} s of one CPU core, {_seconds(start)} s of it to start the jobs, "
-        f"so {total / 120:.0f} min for two jobs at a time; metrics, notebooks and report come on top"
-    )
+    if any(row.seconds is None and row.flop is None for row in rows):
+        return f"{text}; no estimate where the cost of a model is not known"
+    estimates = []
+    if flop := sum(row.flop or 0 for row in rows):
+        days = flop / SUSTAINED / 1e12 / 86400
+        estimates.append(
+            f"about {_number(flop / 1e15)} PFLOP of denoising, {_number(days)} GPU-days at {SUSTAINED} TFLOP/s; "
+            "VAE and metrics come on top"
+        )
+    if any(row.seconds is not None for row in rows):
+        start = jobs(config) * START
+        total = start + sum(row.seconds or 0 for row in rows)
+        estimates.append(
+            f"about {_number(total)} s of one CPU core, {_number(start)} s of it to start the jobs, "
+            f"so {total / 120:.0f} min for two jobs at a time; metrics, notebooks and report come on top"
+        )
+    return f"{text}: {'; '.join(estimates)}"
 
 
-def _seconds(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
