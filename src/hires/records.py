@@ -1,0 +1,256 @@
+"""The record that an image file carries: read, told in words, and carried out once more.
+
+`hires generate` records everything (`hires.generation.record`). The images stage records what tells an image from the
+others of its configuration, which says the rest.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hires import __version__
+from hires.config import Config
+from hires.errors import HiresError
+from hires.settings import Sampling
+from hires.storage import sha256
+from hires.variants import Variant, variant
+
+if TYPE_CHECKING:
+    from hires.backbones import Backbone
+    from hires.cascade import Callback
+
+IMAGE_DESCRIPTION = 270  # TIFF tag
+PLACE = ("study", "setting", "backbone")  # what only the images stage records
+
+
+class Picture(BaseModel):
+    """Your own picture, in the place of the base image."""
+
+    file: str
+    sha256: str
+
+
+class Recipe(BaseModel):
+    """All that an image is a function of. Sides are pixels; `sampling` states every setting."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    revision: str | None
+    dtype: str
+    prompt: str
+    seed: int
+    variant: str | None
+    variant_fields: Variant
+    height: int
+    width: int
+    strength: float | None
+    image: Picture | None
+    sampling: Sampling
+    versions: dict[str, str]
+
+
+KNOWN = {*Recipe.model_fields, "stage"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a PNG (text chunk `parameters`) or TIFF (tag ImageDescription); HiresError where there is none."""
+    if not path.is_file():
+        raise HiresError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a PNG or TIFF file")
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            text = image.getexif().get(IMAGE_DESCRIPTION) if kind == "TIFF" else image.info.get("parameters")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise HiresError(f"{path}: {_reason(error)}; give a PNG or TIFF file") from None
+    if kind not in ("PNG", "TIFF"):
+        raise HiresError(f"{path}: a {kind} file carries no record; give the PNG or TIFF that hires wrote")
+    try:
+        record = json.loads(text or "")
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        lack = "metadata of another program" if text else "no metadata"
+        raise HiresError(f"{path}: {lack}: only files that hires wrote, and no program saved since, carry a record")
+    return record
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The record as an aligned list; what is null is left out."""
+    lines = []
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            lines += [name, *(f"  {line}" for line in _aligned(value))]
+        elif value is not None:
+            lines += _aligned({name: value})
+    return "\n".join(lines)
+
+
+def _aligned(values: Mapping[str, Any], width: int = 14) -> list[str]:
+    width = max(width, *(len(name) for name in values))
+    return [f"{name:<{width}}  {_told(value)}" for name, value in values.items() if value is not None]
+
+
+def _told(value: Any) -> str:
+    """Text as it stands, unless it is empty or would move the cursor."""
+    return value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
+
+
+def configuration(path: Path) -> Path | None:
+    """The configuration of the results folder that an image of the images stage lies in, if it lies in one."""
+    folders = path.resolve().parents[6:7]  # <results>/images/<study>/<setting>/<backbone>/<variant>/<size>/<file>
+    stored = [folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()]
+    return stored[0] if stored else None
+
+
+def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
+    """What a record says, complete and checked.
+
+    `config`: for a record of the images stage, which names a backbone and a variant of it. HiresError where the record
+    is another version's, with a field too few or too many, or doesn't agree with the configuration.
+    """
+    if "study" in record:
+        record = _completed(record, config)
+    maker = record.get("versions") or {}
+    version = maker.get("hires") if isinstance(maker, dict) else None
+    _match(record, Recipe.model_fields, "", version, KNOWN)
+    for part, fields in (("sampling", Sampling.model_fields), ("variant_fields", Variant.model_fields)):
+        if isinstance(record[part], dict):
+            _match(record[part], fields, f"{part}.", version, fields)
+    try:
+        return Recipe.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise HiresError(f"the record's {name} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _match(
+    given: Mapping[str, Any], needed: Iterable[str], place: str, version: str | None, known: Iterable[str]
+) -> None:
+    """HiresError unless `given` has every needed name and, what isn't empty, known ones only."""
+    lacking = [place + name for name in needed if name not in given]
+    new = [place + name for name, value in given.items() if name not in known and value]
+    if lacking or new:
+        what = f"lacks {', '.join(lacking)}" if lacking else f"states {', '.join(new)}, unknown here"
+        raise HiresError(
+            f"the record {what}: hires {version or 'of another version'} wrote it, this is {__version__}: "
+            "make the image again with the version that wrote it"
+        )
+
+
+def _completed(record: Mapping[str, Any], config: Config | None) -> dict[str, Any]:
+    """A record of the images stage with what its configuration says beside it."""
+    _match(record, (*PLACE, "variant", "sampling", "model"), "", None, {*PLACE, *KNOWN})
+    if config is None:
+        raise HiresError(
+            f"the image was made by a configuration, as study {record['study']!r}, backbone {record['backbone']!r}: "
+            "give its file with --config, or the image where it lay in results/"
+        )
+    entry = config.backbones.get(record["backbone"])
+    if entry is None or entry.model != record["model"]:
+        raise HiresError(
+            f"configuration {config.name!r} has no backbone {record['backbone']!r} of model {record['model']!r}: give "
+            "the configuration that made the image with --config"
+        )
+    fields = variant(record["variant"], config.variants()).model_dump()
+    return {
+        **{name: value for name, value in record.items() if name not in PLACE},
+        "dtype": entry.dtype,
+        "variant_fields": fields,
+        "strength": None,
+        "image": None,
+        "sampling": {**Sampling().model_dump(), **record["sampling"]},
+        "versions": {},
+    }
+
+
+def own_picture(recipe: Recipe, path: Path | None) -> Image.Image | None:
+    """The picture that took the base image's place, from `path`; HiresError unless it is the recorded one, or none."""
+    if recipe.image is None:
+        if path is not None:
+            raise HiresError(f"--image {path}: the record names no picture: leave it out")
+        return None
+    if path is None:
+        raise HiresError(
+            f"made from a picture, {recipe.image.file!r} with sha256 {recipe.image.sha256}: give it with --image"
+        )
+    try:
+        found = sha256(path)
+        if found != recipe.image.sha256:
+            raise HiresError(f"--image {path}: sha256 {found}, but the record says {recipe.image.sha256}")
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise HiresError(f"--image {path}: {_reason(error)}") from None
+
+
+def load(recipe: Recipe, model: str | None = None, device: str | None = None) -> "Backbone":
+    """The recorded model, or the same one from elsewhere (`model`).
+
+    HiresError where it isn't found, or differs in its weights or in defaults that shaped the image.
+    """
+    from hires import backbones
+
+    if recipe.revision is None:
+        raise HiresError("the record names no revision: the image was made from a pipeline in memory, not from a model")
+    weights = "random" if recipe.revision == "random" else "pretrained"
+    backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights)  # type: ignore[arg-type]
+    if backbone.revision != recipe.revision:
+        raise HiresError(
+            f"model {backbone.name!r} is revision {backbone.revision} here, but the record says {recipe.revision}: "
+            "give the folder of that revision with --model (hf download MODEL --revision REVISION prints it)"
+        )
+    recorded, now = recipe.sampling.model_dump(), recipe.sampling.over(backbone.defaults).model_dump()
+    for name, value in now.items():
+        if value != recorded[name]:
+            raise HiresError(
+                f"setting {name}: the record states none, and model {backbone.name!r} has {value!r} as its default now"
+            )
+    return backbone
+
+
+def make(
+    recipe: Recipe, backbone: "Backbone", picture: Image.Image | None = None, callback: "Callback | None" = None
+) -> tuple[Image.Image, dict[str, Any]]:
+    """The image once more, and its record of now. A stage on the way is the last one of a run to its own size."""
+    from hires.cascade import decode
+    from hires.generation import record, run
+
+    *_, stage = run(
+        backbone, [recipe.prompt], [recipe.seed], recipe.variant_fields, recipe.height, recipe.width, recipe.sampling,
+        picture, recipe.strength, callback,
+    )  # fmt: skip
+    image = decode(backbone, stage, recipe.sampling.vae_tiling)[0]
+    own = recipe.image.model_dump() if recipe.image else None
+    now = record(
+        backbone, recipe.prompt, recipe.seed, recipe.variant_fields, stage, recipe.sampling, recipe.strength, own
+    )
+    return image, {**now, "variant": recipe.variant}
+
+
+def compare(former: Image.Image, image: Image.Image) -> str:
+    """In words, whether two images have the same pixels; "the same pixels" only if all are."""
+    import numpy as np
+
+    if former.size != image.size:
+        return "another size"
+    one, two = (np.asarray(picture.convert("RGB"), dtype=int) for picture in (former, image))
+    distance = np.abs(one - two)
+    if not distance.any():
+        return SAME
+    share = (distance.max(axis=2) > 0).mean()
+    return f"{share:.2%} of the pixels differ, by at most {distance.max()} of 255"
+
+
+SAME = "the same pixels"
+
+
+def _reason(error: Exception) -> str:
+    """Why a file can't be read, without its name."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no image, or a broken one"
+    return getattr(error, "strerror", None) or str(error)
