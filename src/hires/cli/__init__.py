@@ -14,6 +14,8 @@ from hires.errors import HiresError, unknown
 # name -> one line of help; the module is hires.cli.<name with "-" as "_">
 COMMANDS = {
     "generate": "make images from a prompt, or from your own image",
+    "show": "how an image came to be, or make it once more",
+    "doctor": "what this machine offers, and what to mend",
     "plan": "what a configuration will make, and about how long it takes",
     "prompts": "stage: draw the prompts of a configuration",
     "references": "stage: the reference images of a configuration",
