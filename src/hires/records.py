@@ -35,7 +35,10 @@ class Picture(BaseModel):
 
 
 class Recipe(BaseModel):
-    """All that an image is a function of. Sides are pixels; `sampling` states every setting."""
+    """All that an image is a function of. Sides are pixels; `sampling` states every setting.
+
+    `adapters`: where a configuration says that LoRAs of variants lie.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,9 +55,11 @@ class Recipe(BaseModel):
     image: Picture | None
     sampling: Sampling
     versions: dict[str, str]
+    adapters: dict[str, Path] = {}
 
 
-KNOWN = {*Recipe.model_fields, "stage"}
+RECORDED = [name for name, field in Recipe.model_fields.items() if field.is_required()]
+KNOWN = [*RECORDED, "stage"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -113,16 +118,17 @@ def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
     `config`: for a record of the images stage, which names a backbone and a variant of it. HiresError where the record
     is another version's, with a field too few or too many, or doesn't agree with the configuration.
     """
+    adapters: dict[str, str] = {}
     if "study" in record:
-        record = _completed(record, config)
+        record, adapters = _completed(record, config)
     maker = record.get("versions") or {}
     version = maker.get("hires") if isinstance(maker, dict) else None
-    _match(record, Recipe.model_fields, "", version, KNOWN)
+    _match(record, RECORDED, "", version, KNOWN)
     for part, fields in (("sampling", Sampling.model_fields), ("variant_fields", Variant.model_fields)):
         if isinstance(record[part], dict):
             _match(record[part], fields, f"{part}.", version, fields)
     try:
-        return Recipe.model_validate(record)
+        return Recipe.model_validate({**record, "adapters": adapters})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -143,8 +149,8 @@ def _match(
         )
 
 
-def _completed(record: Mapping[str, Any], config: Config | None) -> dict[str, Any]:
-    """A record of the images stage with what its configuration says beside it."""
+def _completed(record: Mapping[str, Any], config: Config | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """A record of the images stage with what its configuration says beside it, and where adapters lie."""
     _match(record, (*PLACE, "variant", "sampling", "model"), "", None, {*PLACE, *KNOWN})
     if config is None:
         raise HiresError(
@@ -158,7 +164,7 @@ def _completed(record: Mapping[str, Any], config: Config | None) -> dict[str, An
             "the configuration that made the image with --config"
         )
     fields = variant(record["variant"], config.variants()).model_dump()
-    return {
+    completed = {
         **{name: value for name, value in record.items() if name not in PLACE},
         "dtype": entry.dtype,
         "variant_fields": fields,
@@ -167,6 +173,7 @@ def _completed(record: Mapping[str, Any], config: Config | None) -> dict[str, An
         "sampling": {**Sampling().model_dump(), **record["sampling"]},
         "versions": {},
     }
+    return completed, entry.adapters
 
 
 def own_picture(recipe: Recipe, path: Path | None) -> Image.Image | None:
@@ -199,6 +206,7 @@ def load(recipe: Recipe, model: str | None = None, device: str | None = None) ->
         raise HiresError("the record names no revision: the image was made from a pipeline in memory, not from a model")
     weights = "random" if recipe.revision == "random" else "pretrained"
     backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights)  # type: ignore[arg-type]
+    backbone.adapters = recipe.adapters
     if backbone.revision != recipe.revision:
         raise HiresError(
             f"model {backbone.name!r} is revision {backbone.revision} here, but the record says {recipe.revision}: "
