@@ -53,7 +53,7 @@ def mine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)).save(folder / "mine.png")
     return folder / "mine.png", generate(folder / "out.png", "--size", 192, "--image", folder / "mine.png",
-                                         "--strength", 0.5)  # fmt: skip
+                                         "--strength", 1)  # fmt: skip
 
 
 def test_the_record_in_words_and_as_it_is(cubes, capsys):
