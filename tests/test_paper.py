@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from hires.backbones import Backbone, load
+from hires.backbones.presets import CONFIGS
+from hires.cascade import cascade
 from hires.config import load_config
 from hires.errors import HiresError
 from hires.lora import save_lora
@@ -34,8 +37,8 @@ SCALEDIFF_SDXL = {
     "lfm_factor": 1 / 8, "sg_factor": 1 / 8, "gamma": "one_minus_alpha_bar",
 }  # fmt: skip
 SCALE_DIT = {
-    "num_inference_steps": 28, "guidance_scale": 3.5, "stage_guidance_scale": 4.5, "max_sequence_length": 512,
-    "tau": 643, "lr_ratio": 4, "local_radius": 8,
+    "num_inference_steps": 28, "guidance_scale": 3.5, "stage_guidance_scale": 4.5, "stage_shift": 3,
+    "max_sequence_length": 512, "tau": 643, "lr_ratio": 4, "local_radius": 8,
 }  # fmt: skip
 
 
@@ -70,6 +73,31 @@ def test_what_a_paper_leaves_to_the_library_is_its_default(paper):
     found = {name: load(name, device="meta", weights="random").defaults for name in ("flux-dev", "sdxl")}
     assert SCALEDIFF_FLUX.items() - found["flux-dev"].model_dump().items() == {("max_sequence_length", 256)}
     assert SCALEDIFF_SDXL.items() <= found["sdxl"].model_dump().items()
+
+
+def test_stages_begin_at_the_published_noise(paper):
+    """ScaleDiff: σ .826; Scale-DiT: a shift of 3 above the base, σ .844, and the base as ever."""
+    dev = FlowMatchEulerDiscreteScheduler.from_pretrained(CONFIGS / "flux-dev" / "scheduler")
+    pipe = FluxPipeline(**{**build_pipeline("tiny-flux").components, "scheduler": dev})
+    flux, base = Backbone.from_pipeline(pipe, "dev", {}), (128, 128)
+    scalediff, scale_dit = (
+        paper.sampling("scale-dit", setting, "flux-dev") for setting in ("as-scalediff", "as-scale-dit")
+    )
+    assert flux.schedule(scalediff, base, flux.first_step(scalediff)).sigmas[12] == pytest.approx(0.826, abs=5e-4)
+    assert flux.schedule(scale_dit, base, flux.first_step(scale_dit)).sigmas[10] == pytest.approx(0.844, abs=5e-4)
+    fixed = FlowMatchEulerDiscreteScheduler.from_config(dev.config, use_dynamic_shifting=False)
+    flux.pipe.register_modules(scheduler=fixed)
+    with pytest.raises(HiresError, match="stage_shift: this model's scheduler has a shift of its own"):
+        flux.schedule(scale_dit, base, 10)
+
+
+def test_the_shift_of_stages_leaves_the_base_alone():
+    flux = Backbone.from_pipeline(build_pipeline("tiny-flux"), "tiny-flux", HINTS["tiny-flux"])
+    given = Sampling(num_inference_steps=2, tau=500)
+    shifted = Sampling(stage_shift=2).over(given)
+    for variant, same in (("scalediff", [True, False]), ("direct", [True])):
+        stages = [list(cascade(flux, ["a"], [0], VARIANTS[variant], 256, 256, s)) for s in (given, shifted)]
+        assert [torch.equal(a.latents, b.latents) for a, b in zip(*stages)] == same
 
 
 def test_every_variant_is_made_at_both_sizes_of_a_thousand_prompts(paper):

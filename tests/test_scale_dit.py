@@ -300,7 +300,7 @@ def test_a_low_resolution_image_of_the_bases_size_is_its_latents(backbone):
     "setting",
     [
         {"local_radius": 1}, {"local_window": 4}, {"lr_keys": False}, {"lr_adapter": False}, {"lr_anchors": False},
-        {"lr_neighbours": "all"}, {"lr_ratio": 2}, {"stage_guidance_scale": 4.0},
+        {"lr_neighbours": "all"}, {"lr_ratio": 2}, {"stage_guidance_scale": 4.0}, {"stage_shift": 2.0},
     ],
     ids=str,
 )  # fmt: skip

@@ -358,6 +358,7 @@ def cascade(
     prompts = list(prompts)
     backbone.check_settings(sampling)
     sampling = sampling.over(backbone.defaults)
+    full = sampling.model_copy(update={"stage_shift": None})  # of a whole schedule, from noise
     _check(backbone, prompts, seeds, variant)
     generators = [Generator() for _ in seeds]
     seed_stage(generators, seeds, 0)
@@ -371,9 +372,7 @@ def cascade(
         _check_stages(backbone, variant, sampling, [size], window)
         with Meter(backbone.device) as cost:
             conditioning = backbone.encode_prompt(prompts, sampling)
-            latents = _from_noise(
-                backbone, conditioning, sampling, variant, generators, "noise", size, window, callback
-            )
+            latents = _from_noise(backbone, conditioning, full, variant, generators, "noise", size, window, callback)
         steps = sampling.num_inference_steps or 1
         yield Stage("noise", height, width, latents, None, steps, cost.seconds, cost.peak_bytes)
         return
@@ -399,7 +398,7 @@ def cascade(
         else:
             steps = sampling.num_inference_steps or 1
             latents = _from_noise(
-                backbone, conditioning, sampling, plain, generators, "base", base_size, base_size, callback
+                backbone, conditioning, full, plain, generators, "base", base_size, base_size, callback
             )
     yield Stage("base", *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
 

@@ -52,6 +52,9 @@ class Sampling(BaseModel):
     )
     lr_adapter: bool = Field(True, description="Scale-DiT: the adapter is on for it; false is an ablation")
     stage_guidance_scale: float | None = Field(None, ge=0, description="guidance of the stages above the base")
+    stage_shift: float | None = Field(
+        None, gt=0, description="FLUX: timestep shift exp μ of the stages above the base; default: that of the base"
+    )
     view_overlap: float = Field(0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap")
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
     time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")

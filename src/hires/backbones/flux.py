@@ -1,5 +1,7 @@
 """FLUX.1: flow matching, guidance embedding, latents packed 2×2 into tokens."""
 
+import math
+
 import numpy as np
 import torch
 from diffusers import FluxPipeline
@@ -8,6 +10,7 @@ from torch import Tensor
 from hires.attention import Guidance, low_resolution_pass
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
+from hires.errors import HiresError
 from hires.settings import Sampling
 
 
@@ -76,8 +79,11 @@ class Flux(Backbone):
         """μ is that of the base's token count at every resolution (methods: at 4096² it would otherwise reach 11.5)."""
         steps = sampling.num_inference_steps or 1
         config = self.pipe.scheduler.config
+        if sampling.stage_shift and not config.use_dynamic_shifting:
+            raise HiresError("stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off)")
         tokens = base_size[0] * base_size[1] // 4
         share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+        mu = config.base_shift + share * (config.max_shift - config.base_shift)
         return Schedule(
             self.pipe.scheduler,
             steps,
@@ -85,7 +91,7 @@ class Flux(Backbone):
             "flow",
             self.device,
             sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=config.base_shift + share * (config.max_shift - config.base_shift),
+            mu=math.log(sampling.stage_shift) if sampling.stage_shift else mu,
         )
 
     @torch.no_grad()

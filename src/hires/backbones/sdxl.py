@@ -15,7 +15,7 @@ class SDXL(Backbone):
 
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
-    without = ("max_sequence_length", "text_rows")
+    without = ("max_sequence_length", "text_rows", "stage_shift")
 
     @property
     def model(self):

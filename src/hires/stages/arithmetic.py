@@ -1,6 +1,7 @@
 """Arithmetic of a denoising step of FLUX.1-dev and SDXL, counted without loading them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from hires_kernels import flops
 
@@ -49,7 +50,8 @@ def _call(architecture: Architecture, size: Size, base: Size, attention: str, sa
     total = architecture.token * (size[0] * size[1] / TOKEN**2 + text)
     for side, layers, heads, head_dim in architecture.layers:
         grid, window = (size[0] // side, size[1] // side), (base[0] // side, base[1] // side)
-        shape = {"batch": 1, "heads": heads, "head_dim": head_dim}
+        shape: dict[str, Any] = {"batch": 1, "heads": heads, "head_dim": head_dim}
+        rows: tuple[int, ...]
         if attention == "npa":
             rows = flops.neighborhood_patch_attention(grid, window, **shape, text=text, text_rows=sampling.text_rows)
         elif attention == "scale_dit":
@@ -60,7 +62,7 @@ def _call(architecture: Architecture, size: Size, base: Size, attention: str, sa
     return total
 
 
-def _local(grid: Size, text: int, shape: dict[str, int], sampling: Sampling) -> tuple[int, int]:
+def _local(grid: Size, text: int, shape: dict[str, Any], sampling: Sampling) -> tuple[int, int]:
     form, reach = ("radius", sampling.local_radius or 8)
     if sampling.local_window:
         form, reach = "window", sampling.local_window
