@@ -358,7 +358,7 @@ def test_a_window_of_one_token_is_refused_at_once():
         ({"variant": Variant(start="noise", sg=True)}, "no base image"),
         ({"variant": Variant(start="noise"), "height": 100}, "multiples of 32"),
         ({"variant": Variant(views="multidiffusion", attention="npa")}, "allowed: dense"),
-        ({"variant": Variant(adapter="detail")}, "load_lora_weights"),
+        ({"variant": Variant(adapter="detail")}, "only attention 'scale_dit' uses one"),
         ({"sampling": Sampling(tau=10).over(FAST)}, "tau = 10 of 3 steps"),
         ({"sampling": Sampling(attention_backend="spda").over(FAST)}, "did you mean 'sdpa'"),
         ({"sampling": Sampling(sg_factor=0.01).over(FAST)}, "low-pass factor 0.01"),

@@ -10,6 +10,7 @@ from hires.adapters import adapter_switched
 from hires.attention import Guidance, low_resolution_pass, use_attention
 from hires.attention.scale_dit import anchors, low_resolution_radius
 from hires.backbones import Backbone
+from hires.backbones.flux import pack
 from hires.cascade import cascade
 from hires.errors import HiresError
 from hires.models import HINTS, build_pipeline
@@ -194,8 +195,25 @@ def test_low_resolution_reach_follows_the_ratio():
     assert low_resolution_radius(8, None, (256, 256), (64, 64)) == 2
     assert low_resolution_radius(2, None, (32, 32), (8, 8)) == 1  # at least 1
     assert low_resolution_radius(None, 16, (64, 64), (32, 32)) == 4  # a window counts as twice its radius
+    with pytest.raises(HiresError, match="radius 8 and window 16: scale_dit needs one of the two"):
+        low_resolution_radius(8, 16, (64, 64), (32, 32))
     ids = anchors((2, 3), (8, 12), True, torch.device("cpu"))
     assert ids.tolist() == [[0, 4.0 * i, 4.0 * j] for i in range(2) for j in range(3)]
+
+
+@torch.no_grad()
+def test_a_window_replaces_the_radius_in_both_passes(pipe):
+    backbone = Backbone.from_pipeline(pipe, "tiny-flux", HINTS["tiny-flux"])
+    torch.manual_seed(1)
+    latents, pooled = torch.randn(2, 16, 16, 16), torch.randn(2, 128)
+    sampling = Sampling(local_radius=2, local_window=8).over(backbone.defaults)
+    given = backbone.low_resolution_guidance(latents, (32, 32), {"pooled": pooled}, sampling)
+    wide, narrow = (
+        low_resolution_pass(pipe.transformer, pack(latents), pooled, low_size=(16, 16), size=(32, 32), **reach)
+        for reach in ({"window": 8}, {"radius": 2})
+    )
+    assert torch.equal(given.layers[-1][0], wide.layers[-1][0])
+    assert not torch.equal(given.layers[-1][0], narrow.layers[-1][0])
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -334,13 +352,29 @@ def test_scale_dit_keeps_a_users_lora(backbone):
         model.delete_adapters("style")
 
 
+def test_loading_the_adapter_leaves_a_users_lora_on(backbone):
+    """The first image of a pipeline loads the adapter from its folder; peft alone would turn the style off."""
+    fresh = type(backbone.pipe).from_pretrained(backbone.pipe.name_or_path)
+    with_adapter(fresh.transformer, "style", 3)
+    styled = Backbone.from_pipeline(fresh, "tiny-flux", HINTS["tiny-flux"])
+    before = next(cascade(styled, PROMPTS, [0, 1], VARIANTS["npa"], 256, 384, FAST)).latents
+    after = next(cascade(styled, PROMPTS, [0, 1], VARIANTS["scale-dit"], 256, 384, FAST)).latents
+    assert set(fresh.transformer.peft_config) == {"style", "scale-dit"}
+    assert torch.equal(before, after)
+    assert fresh.transformer.active_adapters() == ["style"]
+
+
 def test_refusals_of_scale_dit(backbone, pipe):
     sdxl = Backbone.from_pipeline(build_pipeline("tiny-sdxl"), "tiny-sdxl", HINTS["tiny-sdxl"])
     bare = Backbone.from_pipeline(pipe, "tiny-flux", HINTS["tiny-flux"])
     local = Variant(attention="scale_dit")
     guidance = Guidance((2, 2), [])
     cases = [
-        (lambda: last(sdxl, local), "scale_dit stands in for FluxAttnProcessor only"),
+        (
+            lambda: last(sdxl, VARIANTS["scale-dit"], Sampling(num_inference_steps=3)),
+            "scale_dit stands in for FluxAttnProcessor only",
+        ),
+        (lambda: last(sdxl, local, Sampling(lr_ratio=2)), "lr_ratio = 2.0 means nothing to a sdxl model"),
         (lambda: last(bare, VARIANTS["scale-dit"]), "pipe.load_lora_weights"),
         (lambda: last(backbone, local, Sampling(lr_ratio=3).over(FAST)), "sides must be even"),
         (lambda: use_attention(pipe.transformer, "scale_dit", (16, 16), (4, 4)).__enter__(), "needs one of the two"),

@@ -6,18 +6,31 @@ from typing import Any
 
 from torch import nn
 
+States = list[tuple[Any, Any, bool]]  # LoRA layer, its active adapters, whether it is disabled
 
-def switch_adapter(model: nn.Module, name: str, on: bool) -> list[tuple[Any, Any, bool]]:
-    """Turn one LoRA of a model on or off; the others stay as they are. Returns every layer's former state.
 
-    peft's own switches also decide which weights want gradients, which is the training's business.
-    """
+def adapter_states(model: nn.Module) -> States:
+    """Which LoRAs are on, layer by layer."""
     if not getattr(model, "peft_config", None):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+
+
+def restore_adapters(states: States) -> None:
+    """Put back what `adapter_states` gave."""
+    for layer, active, disabled in states:
+        layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def switch_adapter(model: nn.Module, name: str, on: bool) -> States:
+    """Turn one LoRA of a model on or off; the others stay as they are. Returns every layer's former state.
+
+    peft's own switches also decide which weights want gradients, which is the training's business.
+    """
+    before = adapter_states(model)
     for layer, _, disabled in before:
         names = [other for other in layer.active_adapters if other != name and not disabled] + [name] * on
         layer._active_adapter, layer._disable_adapters = names or layer._active_adapter, not names
@@ -31,5 +44,4 @@ def adapter_switched(model: nn.Module, name: str, on: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
+        restore_adapters(before)

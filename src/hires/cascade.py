@@ -135,13 +135,7 @@ def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     if variant.attention == "npa":
         return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend}
     if variant.attention == "scale_dit":
-        return {
-            "radius": sampling.local_radius if sampling.local_window is None else None,
-            "window": sampling.local_window,
-            "neighbours": sampling.lr_neighbours,
-            "order": sampling.token_order,
-            "backend": sampling.attention_backend,
-        }
+        return {**sampling.local_attention(), "neighbours": sampling.lr_neighbours}
     return {}
 
 
@@ -281,7 +275,7 @@ def _low_resolution(
 ) -> Guidance | None:
     """One pass over the image that guides a Scale-DiT stage of `size` (latent pixels), with the adapter on.
 
-    That image is the stage's input, made smaller where it isn't 1 / lr_ratio of the stage's side already.
+    That image is the stage's input, resized where its side isn't that of the stage over lr_ratio.
     """
     if variant.attention != "scale_dit" or not sampling.lr_keys:
         return None
@@ -307,8 +301,11 @@ def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], var
         raise HiresError(f"views of the base size leave {variant.attention!r} attention nothing to do: allowed: dense")
     if variant.attention == "scale_dit" and variant.start == "noise":
         raise HiresError("scale_dit is guided by a base image: start from the base")
-    if variant.adapter:
-        backbone.require_adapter(variant.adapter)
+    if variant.adapter and variant.attention != "scale_dit":
+        raise HiresError(
+            f"adapter {variant.adapter!r}: only attention 'scale_dit' uses one; a LoRA of yours that is loaded on the "
+            "pipeline stays on without being named"
+        )
 
 
 @torch.no_grad()
@@ -387,6 +384,8 @@ def cascade(
         backbone.first_step(stage_sampling), backbone.first_step(sampling)
         _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in sizes[1:]], base_size)
 
+    if variant.adapter:
+        backbone.require_adapter(variant.adapter)
     steps, plain = 0, Variant(adapter=variant.adapter)
     with Meter(backbone.device) as cost:
         conditioning = backbone.encode_prompt(prompts, sampling)
@@ -435,6 +434,7 @@ def cascade(
                 callback,
                 low,
             )
+            del low  # gigabytes of keys, at 4096² and above
         steps = schedule.num_inference_steps - first
         yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)
         image, stage_sampling = None, sampling

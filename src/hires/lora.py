@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hires.adapters import adapter_states, restore_adapters
 from hires.errors import HiresError
 from hires.storage import replacing
 
@@ -37,7 +38,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def load_lora(pipe: Any, source: Path, name: str) -> None:
-    """Load a LoRA into the transformer of a FluxPipeline as the adapter `name`.
+    """Load a LoRA into the transformer of a FluxPipeline as the adapter `name`; those on it stay as they are.
 
     Args:
         source: a safetensors file, or a folder with pytorch_lora_weights.safetensors; in the naming of diffusers and
@@ -57,7 +58,9 @@ def load_lora(pipe: Any, source: Path, name: str) -> None:
         reason = " ".join(str(error).split())[:160] or "its sizes differ from FLUX.1's"
         raise HiresError(f"LoRA {file}: diffusers cannot convert it: {reason}") from None
     check_lora(pipe.transformer, weights, str(file))
+    before = adapter_states(pipe.transformer)
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    restore_adapters(before)  # peft would leave the newest one on alone
 
 
 def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -4,7 +4,7 @@ A backbone family states its defaults (the papers' values); a model folder, the 
 `hires.generate` override them, in this order. `None` means "as the layer below says".
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,17 @@ from hires.errors import HiresError, unknown
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
+
+SCALE_DIT = (
+    "local_radius",
+    "local_window",
+    "token_order",
+    "lr_ratio",
+    "lr_keys",
+    "lr_neighbours",
+    "lr_anchors",
+    "lr_adapter",
+)  # its settings, which mean nothing without joint attention of text and image
 
 
 class Sampling(BaseModel):
@@ -88,6 +99,15 @@ class Sampling(BaseModel):
                 f"thousandth) from {500 / self.num_inference_steps:.4g} to 1000, or more steps"
             )
         return count
+
+    def local_attention(self) -> dict[str, Any]:
+        """What both passes of Scale-DiT are told: radius or window, order, backend. A window replaces the radius."""
+        return {
+            "radius": self.local_radius if self.local_window is None else None,
+            "window": self.local_window,
+            "order": self.token_order,
+            "backend": self.attention_backend,
+        }
 
     def over(self, base: "Sampling") -> "Sampling":
         """These settings on top of `base`: a field that was given here and is not None wins."""

@@ -43,23 +43,20 @@ def processors(
     backend: str = "auto",
 ) -> dict[str, Any]:
     """One processor per layer. `collect` gets the keys and values of each layer as it runs."""
+    for name, former in stock_processors.items():
+        if type(former) is not FluxAttnProcessor:
+            raise HiresError(f"{name} has a {type(former).__name__}: scale_dit stands in for FluxAttnProcessor only")
     if neighbours not in NEIGHBOURS:
         raise unknown("guidance_neighbours", neighbours, NEIGHBOURS)
     if order not in ORDERS:
         raise unknown("token_order", order, ORDERS)
     if backend not in (backends := ("auto", *hires_kernels.BACKENDS)):
         raise unknown("attention backend", backend, backends)
-    if (radius is None) == (window is None):
-        raise HiresError(f"radius {radius} and window {window}: scale_dit needs one of the two, in tokens")
+    _check_reach(radius, window)
     if guidance is not None and len(guidance.layers) != len(handle.layers):
         raise HiresError(f"guidance of {len(guidance.layers)} layers: this model has {len(handle.layers)}")
     chosen = {}
     for index, layer in enumerate(handle.layers):
-        former = stock_processors[layer.name]
-        if type(former) is not FluxAttnProcessor:
-            raise HiresError(
-                f"{layer.name} has a {type(former).__name__}: scale_dit stands in for FluxAttnProcessor only"
-            )
         options: dict[str, Any] = {
             "radius": radius,
             "window": window,
@@ -68,8 +65,14 @@ def processors(
         }
         if guidance is not None:
             options |= {"guidance": guidance.layers[index], "guidance_grid": guidance.grid}
+        former = stock_processors[layer.name]
         chosen[layer.name] = FluxScaleDitProcessor(former, layer, {**options, "backend": backend}, collect)
     return chosen
+
+
+def _check_reach(radius: int | None, window: int | None) -> None:
+    if (radius is None) == (window is None):
+        raise HiresError(f"radius {radius} and window {window}: scale_dit needs one of the two, in tokens")
 
 
 class FluxScaleDitProcessor(WindowedProcessor):
@@ -110,6 +113,7 @@ class FluxScaleDitProcessor(WindowedProcessor):
 
 def low_resolution_radius(radius: int | None, window: int | None, grid: Grid, low_grid: Grid) -> int:
     """How far a low-resolution token sees: max(1, radius / s), a window counting as twice the radius."""
+    _check_reach(radius, window)
     reach = radius if radius is not None else (window or 0) // 2
     return max(1, reach * max(low_grid) // max(grid))
 

@@ -151,10 +151,12 @@ class Backbone(ABC):
         """
         if name in {loaded for names in self.pipe.get_list_adapters().values() for loaded in names}:
             return
-        place = self.adapters.get(name, Path(self.pipe.name_or_path or "") / "adapters" / name)
-        if not place.exists():
+        source = self.pipe.name_or_path
+        place = self.adapters.get(name, Path(source) / "adapters" / name if source else None)
+        if place is None or not place.exists():
+            missing = "" if place is None else f", and {place} isn't there"
             raise HiresError(
-                f"the variant needs the adapter {name!r}, and {place} isn't there: load it with "
+                f"the variant needs the adapter {name!r}{missing}: load it with "
                 f"pipe.load_lora_weights(path, adapter_name={name!r}), or train one with hires train scale-dit"
             )
         from hires.lora import load_lora  # peft: slow to import

@@ -104,11 +104,8 @@ class Flux(Backbone):
             conditioning["pooled"],
             low_size=(latents.shape[2], latents.shape[3]),
             size=size,
-            radius=sampling.local_radius,
-            window=sampling.local_window,
             scaled=sampling.lr_anchors,
-            order=sampling.token_order,
-            backend=sampling.attention_backend,
+            **sampling.local_attention(),
         )
 
     def predict(

@@ -7,7 +7,7 @@ from torch import Tensor
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.settings import Sampling
+from hires.settings import SCALE_DIT, Sampling
 
 
 class SDXL(Backbone):
@@ -15,7 +15,7 @@ class SDXL(Backbone):
 
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
-    without = ("max_sequence_length", "text_rows", "stage_shift")
+    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift")
 
     @property
     def model(self):

@@ -72,12 +72,7 @@ def velocity_loss(model: Any, batch: Batch, sampling: Sampling, adapter: str = A
             attention_backend, as at inference.
     """
     size, low_size = _side(batch.latents), _side(batch.low)
-    visible: dict[str, Any] = {
-        "radius": sampling.local_radius if sampling.local_window is None else None,
-        "window": sampling.local_window,
-        "order": sampling.token_order,
-        "backend": sampling.attention_backend,
-    }
+    visible = sampling.local_attention()
     with adapter_switched(model, adapter, on=True):
         guidance = low_resolution_pass(
             model, pack(batch.low), batch.pooled, low_size=low_size, size=size, scaled=sampling.lr_anchors, **visible
@@ -318,7 +313,9 @@ def build_optimizer(options: Optimizer, parameters: Sequence[Tensor]) -> torch.o
     try:
         from prodigyopt import Prodigy
     except ImportError:
-        raise HiresError("optimizer.name = 'prodigy' needs its package: pip install hires[train], or adamw") from None
+        raise HiresError(
+            "optimizer.name = 'prodigy' needs its package: pip install -e .[train], or take adamw"
+        ) from None
     return Prodigy(parameters, lr=base_rate(options), use_bias_correction=True, safeguard_warmup=True, **shared)
 
 
@@ -545,10 +542,11 @@ class Trainer:
             raise HiresError(f"--resume {folder}: no {CHECKPOINT} there; `hires train scale-dit` writes them")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
+            made = {**state["recipe"], "processes": state["processes"]}
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
             raise HiresError(f"checkpoint {path} is cut short or none of ours: begin anew without --resume") from None
         given = {**self.recipe.record(), "processes": self.processes.num_processes}
-        for place, was, now in _differences({**state["recipe"], "processes": state["processes"]}, given):
+        for place, was, now in _differences(made, given):
             raise HiresError(
                 f"checkpoint {path} was made with {place} = {was!r}, not {now!r}: resume with the same recipe"
             )
