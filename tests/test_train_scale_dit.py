@@ -310,6 +310,8 @@ def test_images_that_do_not_serve(folder):
         assert "\n" not in str(error.value)
 
     refused("is 96x80: smaller than the crops of 88", size=88)
+    (folder / "two.txt").write_bytes("café".encode("latin-1"))
+    refused("two.txt is not UTF-8")
     (folder / "two.txt").unlink()
     refused("two.webp has no caption: write two.txt")
     (folder / "metadata.csv").write_text("file,text\none.png,number 0\n")
@@ -566,6 +568,8 @@ def test_the_command_line(tmp_path, capsys):
     data = (out / CHECKPOINT).read_bytes()
     (out / CHECKPOINT).write_bytes(data[: len(data) // 2])
     refused("is cut short", "--resume", str(out))
+    torch.save({"step": 3}, out / CHECKPOINT)
+    refused("none of ours", "--resume", str(out))
     refused("size 120 and lr_ratio 4", size=120)
     refused("is a UNet2DConditionModel: scale-dit trains FLUX models", model="tiny-sdxl")
     refused("unknown key 'stepz'", stepz=3)
@@ -580,6 +584,9 @@ def test_promotion(tmp_path, capsys, monkeypatch):
     with_lora(trained)
     save_lora(trained.pipe, source, ADAPTER)
     (source / "training.json").write_text(json.dumps({"revision": "another"}))
+    assert main(["promote", "scale-dit", "--from", str(source)]) == 2
+    assert "was trained on other weights" in capsys.readouterr().err
+    (source / "training.json").write_text("{}")  # another model's
     assert main(["promote", "scale-dit", "--from", str(source)]) == 2
     assert "was trained on other weights" in capsys.readouterr().err
     (source / "training.json").write_text(json.dumps({"revision": trained.revision}))

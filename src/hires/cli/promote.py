@@ -66,7 +66,7 @@ def _promote_adapter(source: Path, model: Path) -> None:
     from hires.backbones.loading import revision
     from hires.lora import WEIGHTS, metadata
 
-    trained_on = json.loads((source / "training.json").read_text())["revision"]
+    trained_on = json.loads((source / "training.json").read_text()).get("revision")
     if trained_on != revision(model):
         raise HiresError(f"{source} was trained on other weights than {model} has: train it again")
     weights = {key: x.half() for key, x in load_file(source / WEIGHTS).items()}

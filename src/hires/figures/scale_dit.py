@@ -241,15 +241,15 @@ def anchor_places(grid: Grid, low_grid: Grid) -> Figure:
 
 
 def training_curve(log: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]] = ()) -> Figure:
-    """The loss of an adapter's training, and that of held-out samples where there is one: rows with step and loss."""
-    rows, held_out = pd.DataFrame(log), pd.DataFrame(validation)
+    """The loss of an adapter's training, and of its validation samples where there are any: rows with step and loss."""
+    rows, looks = pd.DataFrame(log), pd.DataFrame(validation)
     with style():
         figure, ((axis,),) = panels(1, 1, 2.3)
         axis.plot(rows["step"], rows["loss"], color=_HIGH, alpha=0.35, linewidth=0.8, label="training, each log row")
         smooth = rows["loss"].rolling(max(1, len(rows) // 20), center=True, min_periods=1).mean()
         axis.plot(rows["step"], smooth, color=_HIGH, label="training, running mean")
-        if len(held_out):
-            axis.plot(held_out["step"], held_out["loss"], "o-", color=_QUERY, label="held-out samples")
+        if len(looks):
+            axis.plot(looks["step"], looks["loss"], "o-", color=_QUERY, label="validation samples")
         axis.set(xlabel="optimiser step", ylabel="loss (MSE of the HR velocity)")
         axis.legend()
     return figure

@@ -167,11 +167,10 @@ def _folder(path: Path) -> list[Entry]:
     table = path / "metadata.csv"
     if not table.is_file():
         return [Entry(str(file), _File(file), _beside(file)) for file in images]
-    with table.open(newline="", encoding="utf-8") as stream:
-        rows = csv.DictReader(stream)
-        if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-            raise HiresError(f"{table}: needs the columns file_name and text, has {', '.join(rows.fieldnames or ())}")
-        captions = {row["file_name"]: row["text"] for row in rows}
+    rows = csv.DictReader(io.StringIO(_decoded(table.read_bytes(), str(table)), newline=""))
+    if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+        raise HiresError(f"{table}: needs the columns file_name and text, has {', '.join(rows.fieldnames or ())}")
+    captions = {row["file_name"]: row["text"] for row in rows}
     missing = [name for name in captions if not (path / name).is_file()]
     if missing:
         raise HiresError(
@@ -184,7 +183,14 @@ def _beside(image: Path) -> str:
     text = image.with_suffix(".txt")
     if not text.is_file():
         raise HiresError(f"image {image} has no caption: write {text.name} beside it, or metadata.csv")
-    return text.read_text(encoding="utf-8").strip()
+    return _decoded(text.read_bytes(), str(text)).strip()
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise HiresError(f"{name} is not UTF-8: convert it") from None
 
 
 def _shard(path: Path) -> list[Entry]:
@@ -206,8 +212,9 @@ def _shard(path: Path) -> list[Entry]:
         name = f"{path}:{members[image].name}"
         if ".txt" not in members:
             raise HiresError(f"image {name} has no caption: its key {key.lstrip('/')} needs a .txt member")
-        bytes_of = [_Member(path, members[s].offset_data, members[s].size) for s in (image, ".txt")]
-        entries.append(Entry(name, bytes_of[0], bytes_of[1]().read().decode().strip()))
+        picture, text = (_Member(path, members[s].offset_data, members[s].size) for s in (image, ".txt"))
+        caption = _decoded(text().read(), f"{path}:{members['.txt'].name}").strip()
+        entries.append(Entry(name, picture, caption))
     return entries
 
 

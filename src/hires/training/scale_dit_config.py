@@ -46,7 +46,7 @@ class Lora(Section):
 class Optimizer(Section):
     """Optimiser and learning rate."""
 
-    name: Literal["adamw", "prodigy"] = Field("adamw", description="prodigy needs pip install hires[train]")
+    name: Literal["adamw", "prodigy"] = Field("adamw", description="prodigy needs pip install -e .[train]")
     lr: float | None = Field(
         None, gt=0, description="learning rate; null: 1e-4 with adamw, 1 with prodigy, which finds its own scale"
     )
