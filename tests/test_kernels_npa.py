@@ -273,6 +273,9 @@ def test_refusals_say_what_is_supported(changes, reason):
 def test_gluon_is_for_hopper(monkeypatch):
     assert "no interpreter" in explain(problem())["gluon"]
     monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert explain(problem(device=CUDA))["gluon"] == "there is no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B200")
     assert explain(problem(device=CUDA))["gluon"] == "it needs compute capability 9.0 (Hopper), got B200"

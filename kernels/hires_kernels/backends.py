@@ -1,7 +1,7 @@
 """Which program runs an operation, and why another one can't.
 
-A backend is a module with the functions `neighborhood_patch_attention` and `local_attention`, which imports torch
-only (anything heavier inside the functions), and one line in `BACKENDS`. Its check is what chooses it and what
+A backend is a module with a function for each operation that it runs, which imports torch only (anything heavier
+inside the functions), and one line in `BACKENDS`. Its check is what chooses it and what
 explains a refusal.
 """
 
@@ -58,6 +58,8 @@ def _triton(problem: Problem) -> str | None:
         return "triton is not installed"
     if problem.device.type != "cuda" and not interpreted():
         return f"it needs a CUDA device, got {problem.device.type}"
+    if problem.device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
     if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
         return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_name(problem.device)}"
     float32_too = interpreted() or problem.operation == "qk_norm_rope"  # which has no products

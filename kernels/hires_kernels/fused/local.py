@@ -508,7 +508,7 @@ class Launch(NamedTuple):
 def launch(kernel: str, views: tuple[View, ...], dense: int, query: Tensor) -> Launch:
     """Where owners share all that they walk over, their steps are split until about PROGRAMS programs are at work.
 
-    Nothing here depends on the batch or on the machine, so neither do the bits.
+    Nothing here depends on the batch, so neither do the bits.
     """
     batch, _, heads, dim = query.shape
     chosen = config(kernel, query)
