@@ -364,6 +364,27 @@ def test_loading_the_adapter_leaves_a_users_lora_on(backbone):
     assert fresh.transformer.active_adapters() == ["style"]
 
 
+def test_its_adapter_is_off_in_every_other_variant(backbone):
+    """As load_lora_weights leaves it on."""
+    plain = last(backbone, VARIANTS["npa"])
+    last(backbone, VARIANTS["scale-dit"])
+    backbone.model.set_adapter(["scale-dit"])
+    backbone.model.enable_adapters()
+    try:
+        assert torch.equal(last(backbone, VARIANTS["npa"]), plain)
+        assert backbone.model.active_adapters() == ["scale-dit"]
+    finally:
+        backbone.model.disable_adapters()
+
+
+def test_a_fused_lora_is_told(pipe):
+    with_adapter(pipe.transformer, "style", 1)
+    with_adapter(pipe.transformer, "scale-dit", 2)
+    pipe.transformer.fuse_lora(adapter_names=["style"])
+    with pytest.raises(HiresError, match="unfuse_lora"), adapter_switched(pipe.transformer, "scale-dit", True):
+        pass
+
+
 def test_refusals_of_scale_dit(backbone, pipe):
     sdxl = Backbone.from_pipeline(build_pipeline("tiny-sdxl"), "tiny-sdxl", HINTS["tiny-sdxl"])
     bare = Backbone.from_pipeline(pipe, "tiny-flux", HINTS["tiny-flux"])

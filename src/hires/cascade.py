@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from hires.adapters import adapter_switched
+from hires.adapters import SCALE_DIT, adapter_switched
 from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
 from hires.backbones.base import Backbone, Conditioning, draw
 from hires.backbones.schedule import Schedule
@@ -190,7 +190,7 @@ def _denoise(
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
     with (
-        adapter_switched(backbone.model, variant.adapter or "", on=False),
+        adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=False),
         use_attention(backbone.model, variant.attention, canvas, base_size, **options) as attention,
     ):
         for step in range(first, schedule.num_inference_steps):
@@ -285,7 +285,7 @@ def _low_resolution(
             pixels = backbone.decode(latents, sampling.vae_tiling)
         reduced = resize(pixels, (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling)
         latents = backbone.encode(reduced, generators, sampling.posterior, sampling.vae_tiling)
-    with adapter_switched(backbone.model, variant.adapter or "", on=sampling.lr_adapter):
+    with adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=sampling.lr_adapter):
         return backbone.low_resolution_guidance(latents, size, conditioning, sampling)
 
 

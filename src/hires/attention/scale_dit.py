@@ -157,15 +157,18 @@ def low_resolution_pass(
 
     low_grid, grid = ((side[0] // 2, side[1] // 2) for side in (low_size, size))
     found, batch, device = Guidance(low_grid), len(tokens), tokens.device
-    config: Any = model.config
+    transformer: Any = model
     options = {"radius": low_resolution_radius(radius, window, grid, low_grid), "order": order, "backend": backend}
-    with use_attention(model, "scale_dit", low_size, low_size, collect=found, **options):
-        model(
+    with (
+        use_attention(model, "scale_dit", low_size, low_size, collect=found, **options),
+        transformer.cache_context("low_resolution"),  # for the caches of diffusers, where the user has one on
+    ):
+        transformer(
             hidden_states=tokens,
-            encoder_hidden_states=tokens.new_zeros(batch, 0, config.joint_attention_dim),
+            encoder_hidden_states=tokens.new_zeros(batch, 0, transformer.config.joint_attention_dim),
             pooled_projections=pooled,
             timestep=torch.zeros(batch, device=device),
-            guidance=torch.ones(batch, device=device) if config.guidance_embeds else None,
+            guidance=torch.ones(batch, device=device) if transformer.config.guidance_embeds else None,
             img_ids=anchors(low_grid, grid, scaled, device),
             txt_ids=torch.zeros(0, 3, device=device),
             return_dict=False,
