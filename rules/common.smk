@@ -121,8 +121,8 @@ def model_of(wildcards):
     return files(CONFIG.backbones[wildcards.backbone])
 
 
-def prompt_source(wildcards):
-    """Input function: the parquet files that prompts are drawn from; none for the scenes, which the stage writes."""
+def prompt_source():
+    """The parquet files that prompts are drawn from; none for the embedded scenes, which the stage writes itself."""
     try:
         return [] if CONFIG.prompts.source == "scenes" else parquet_files(CONFIG.prompts.source)
     except HiresError as error:

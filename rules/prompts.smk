@@ -3,7 +3,7 @@
 
 rule draw_prompts:
     input:
-        prompt_source,
+        prompt_source(),
     output:
         report(layout.prompts(CONFIG), category="Prompts"),
     log:
