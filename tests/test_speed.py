@@ -1,6 +1,9 @@
 """`hires speed kernels`: counts, timing, exact rows, the whole command on small shapes."""
 
 import csv
+import os
+import subprocess
+import sys
 import time
 
 import hires_kernels
@@ -247,12 +250,14 @@ def test_a_failing_contender_is_a_row_with_the_reason(tmp_path, capsys, monkeypa
     assert "unknown backend" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert command() == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "no CUDA device" in error and "--device cpu --shapes tiny" in error
+def test_without_a_gpu_it_says_so():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "hires.cli", "speed", "kernels"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA device" in done.stderr and "--device cpu --shapes tiny" in done.stderr
 
 
 @pytest.mark.parametrize(

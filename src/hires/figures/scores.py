@@ -64,7 +64,7 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
         axes[0, 0].set_yticks(range(len(pairs)), [tables.pair_label(a, b) for a, b in pairs])
         axes[0, 0].set_ylim(len(pairs) - 0.5, -0.5)
         figure.suptitle(f"paired differences, {_heading(paired)}", x=0.01, ha="left", fontsize=9)
-        figure.supxlabel("hollow: the interval holds zero", fontsize=7, x=0.99, ha="right")
+        figure.supxlabel("hollow: the interval holds zero, or has no width", fontsize=7, x=0.99, ha="right")
     return figure
 
 
