@@ -1,5 +1,6 @@
 # The configuration, validated once, and the helpers that let each rule name the keys that it reads.
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,17 +20,23 @@ from hires.storage import claim
 ENVIRONMENT = "../environment.yml"
 
 
+def refuse(reason):
+    """One line and exit code 2, as on the command line; an exception would come in Snakemake's frame."""
+    print(f"snakemake: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def configured():
     """The one --configfile (default: config/config.yaml) with --config on top; a file extends another by itself."""
     paths = [Path(path) for path in workflow.overwrite_configfiles] or [Path("config/config.yaml")]
     if len(paths) > 1:
-        raise WorkflowError("give one --configfile; it may build on another one with its key `extends`")
+        refuse("give one --configfile; it may build on another one with its key `extends`")
     try:
         config = load_config(paths[0], workflow.config_settings.config)
         check_all(config)
         return config
     except HiresError as error:
-        raise WorkflowError(str(error))
+        refuse(error)
 
 
 def reads(*keys):
@@ -126,7 +133,7 @@ def prompt_source():
     try:
         return [] if CONFIG.prompts.source == "scenes" else parquet_files(CONFIG.prompts.source)
     except HiresError as error:
-        raise WorkflowError(str(error))
+        refuse(error)
 
 
 def reference_scores(wildcards):

@@ -152,9 +152,9 @@ def test_a_missing_parquet_folder_is_told_in_one_line(tmp_path):
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     told = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "data/laion" in line]
-    assert done.returncode != 0 and "Traceback (most recent" not in done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback (most recent" not in done.stdout + done.stderr
     assert told == [
-        "prompts.source 'data/laion' does not exist: put parquet files there, or name your own file, folder or glob: "
+        "snakemake: prompts.source 'data/laion' does not exist: put parquet files there, or name your own file, folder or glob: "
         "snakemake --config 'prompts={source: PATH}', or a configuration that extends this one"
     ]
 
