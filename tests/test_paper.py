@@ -154,7 +154,8 @@ def test_a_missing_parquet_folder_is_told_in_one_line(tmp_path):
     told = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "data/laion" in line]
     assert done.returncode == 2 and "Traceback (most recent" not in done.stdout + done.stderr
     assert told == [
-        "snakemake: prompts.source 'data/laion' does not exist: put parquet files there, or name your own file, folder or glob: "
+        "snakemake: prompts.source 'data/laion' does not exist: put parquet files there, "
+        "or name your own file, folder or glob: "
         "snakemake --config 'prompts={source: PATH}', or a configuration that extends this one"
     ]
 
