@@ -281,6 +281,16 @@ def test_the_base_is_the_same_with_and_without_an_adapter(backbone):
     assert torch.equal(plain, again)
 
 
+def test_the_picture_of_a_stages_input_is_decoded_once(pipe):
+    """Latent Frequency Mixing and the low-resolution pass look at the same picture."""
+    backbone = Backbone.from_pipeline(pipe, "tiny-flux", HINTS["tiny-flux"])
+    with_adapter(pipe.transformer)
+    decoded = []
+    pipe.vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output.shape[2]))
+    list(cascade(backbone, PROMPTS[:1], [0], VARIANTS["hybrid"], 256, 256, FAST))
+    assert decoded == [128]
+
+
 @pytest.mark.parametrize("name", ["scale-dit", "hybrid"])
 def test_stages_see_an_image_of_a_quarter_of_their_side(backbone, name):
     seen, given = [], backbone.low_resolution_guidance

@@ -5,6 +5,7 @@ paper are other choices in the same table (`hires.variants`).
 """
 
 import contextlib
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -229,7 +230,7 @@ def _from_noise(
 def _reference(
     backbone: Backbone,
     latents: Tensor,
-    pixels: Tensor | None,
+    picture: Callable[[], Tensor],
     size: Size,
     sampling: Sampling,
     variant: Variant,
@@ -237,15 +238,12 @@ def _reference(
 ) -> Tensor:
     """Z_ref at `size` (pixels): z_RU + LP(z_LU) − LP(z_RU) with LFM, else z_RU or z_LU alone.
 
-    z_LU: the upsampled latents. z_RU: the encoding of the upsampled image, which is decoded from the latents unless
-    the stage began with the user's own (`pixels`).
+    z_LU: the upsampled latents. z_RU: the encoding of the upsampled `picture`.
     """
     latent_upsampled = resize(latents, backbone.latent_size(*size), sampling.upsampling)
     if not variant.lfm and sampling.reference == "latent":
         return latent_upsampled
-    if pixels is None:
-        pixels = backbone.decode(latents, sampling.vae_tiling)
-    enlarged = resize(pixels, size, sampling.upsampling)
+    enlarged = resize(picture(), size, sampling.upsampling)
     rgb_upsampled = backbone.encode(enlarged, generators, sampling.posterior, sampling.vae_tiling)
     if not variant.lfm:
         return rgb_upsampled
@@ -266,7 +264,7 @@ def _low_size(size: Size, sampling: Sampling) -> Size:
 def _low_resolution(
     backbone: Backbone,
     latents: Tensor,
-    pixels: Tensor | None,
+    picture: Callable[[], Tensor],
     size: Size,
     conditioning: Conditioning,
     sampling: Sampling,
@@ -281,12 +279,35 @@ def _low_resolution(
         return None
     low = _low_size(size, sampling)
     if tuple(latents.shape[2:]) != low:
-        if pixels is None:
-            pixels = backbone.decode(latents, sampling.vae_tiling)
-        reduced = resize(pixels, (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling)
+        reduced = resize(picture(), (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling)
         latents = backbone.encode(reduced, generators, sampling.posterior, sampling.vae_tiling)
     with adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=sampling.lr_adapter):
         return backbone.low_resolution_guidance(latents, size, conditioning, sampling)
+
+
+def _stage_inputs(
+    backbone: Backbone,
+    latents: Tensor,
+    image: Tensor | None,
+    size: Size,
+    conditioning: Conditioning,
+    sampling: Sampling,
+    variant: Variant,
+    generators: Sequence[Generator],
+) -> tuple[Tensor, Guidance | None]:
+    """Z_ref and Scale-DiT's guidance of a stage of `size` (pixels) that begins with `latents`.
+
+    Both may ask for the picture of these latents: the user's own, else it is decoded, once.
+    """
+
+    @functools.cache
+    def picture() -> Tensor:
+        return backbone.decode(latents, sampling.vae_tiling) if image is None else image
+
+    reference = _reference(backbone, latents, picture, size, sampling, variant, generators)
+    latent_size = backbone.latent_size(*size)
+    low = _low_resolution(backbone, latents, picture, latent_size, conditioning, sampling, variant, generators)
+    return reference, low
 
 
 def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], variant: Variant) -> None:
@@ -414,9 +435,7 @@ def cascade(
         name = f"stage-{index}"
         with Meter(backbone.device) as cost:
             seed_stage(generators, seeds, index)
-            reference = _reference(backbone, latents, image, size, sampling, variant, generators)
-            latent_size = backbone.latent_size(*size)
-            low = _low_resolution(backbone, latents, image, latent_size, conditioning, sampling, variant, generators)
+            reference, low = _stage_inputs(backbone, latents, image, size, conditioning, sampling, variant, generators)
             first = backbone.first_step(stage_sampling)
             schedule = backbone.schedule(sampling, base_size, first)
             noisy = schedule.add_noise(reference, draw(generators, reference.shape[1:], backbone.device))
