@@ -3,7 +3,8 @@
 `hires promote tiny-flux` takes results/train/tiny-flux to src/hires/assets/tiny-flux, with tiny-vae from the same
 place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
 in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
-takes tables, figures, scores and the records, never images. Nothing else writes tracked files.
+takes tables, figures, scores and the records, never images, and puts them beside those of other configurations: rows of
+a study that stood there are replaced. Nothing else writes tracked files.
 """
 
 import argparse
@@ -15,9 +16,7 @@ from pathlib import Path
 from hires.errors import HiresError, unknown
 from hires.storage import replacing
 
-REFERENCE = Path("results/reference")
 ADAPTER_BYTES = 2 * 2**20
-KEPT = ("metrics.parquet", "paired.parquet", "prompts.parquet", "provenance.json", "config.yaml", "tables", "figures")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +80,8 @@ def _promote_adapter(source: Path, model: Path) -> None:
 
 
 def _promote_results(source: Path) -> None:
-    if not (source / "metrics.parquet").is_file():
-        raise HiresError(f"{source} holds no metrics.parquet: finish the run first")
-    for name in KEPT:
-        path, target = source / name, REFERENCE / name
-        if path.is_dir():
-            shutil.copytree(path, target, dirs_exist_ok=True)
-        elif path.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-    print(f"{REFERENCE}: {sum(f.stat().st_size for f in REFERENCE.rglob('*')) / 2**20:.1f} MiB")
+    from hires.reference import REFERENCE, promote
+
+    studies = promote(source)
+    size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
+    print(f"{REFERENCE}: {', '.join(studies)}; {size:.1f} MiB in all")

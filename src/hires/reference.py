@@ -1,0 +1,91 @@
+"""results/reference: the scores of full evaluations, tracked by git, one beside the other.
+
+    metrics.parquet, paired.parquet     rows of all of them, under `config` which configuration made them
+    provenance/<config>.json            what made them: one record for the studies of each promotion
+    prompts/<config>.parquet            the prompts drawn
+    tables/<config>/, figures/<config>/
+
+A study is known by its name alone to whatever reads the tables, so two configurations can't share one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hires.errors import HiresError
+from hires.storage import read_json, replacing, write_json
+
+REFERENCE = Path("results/reference")
+TABLES = ("metrics.parquet", "paired.parquet")
+FOLDERS = ("tables", "figures")
+
+
+def promote(source: Path, target: Path = REFERENCE) -> list[str]:
+    """Take the scores, tables, figures and records of a results folder into `target`; returns the studies taken.
+
+    Rows of these studies are replaced, and so are all tables and figures of the configuration; the rest stays.
+    HiresError where the folder is unfinished, or a study of that name is another configuration's.
+    """
+    for name in (*TABLES, "provenance.json", "prompts.parquet"):
+        if not (source / name).is_file():
+            raise HiresError(f"{source} holds no {name}: finish the run first")
+    record = read_json(source / "provenance.json")
+    config = record["configuration"]["name"]
+    studies = sorted(set(pd.read_parquet(source / "metrics.parquet", columns=["study"])["study"]))
+    merged = {name: _merged(source / name, target / name, config, studies) for name in TABLES}
+    for name, rows in merged.items():
+        with replacing(target / name) as temporary:
+            rows.to_parquet(temporary, index=False)
+    for name in FOLDERS:
+        place = target / name / config
+        if (source / name).is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(source / name, place)
+    (target / "prompts").mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "prompts.parquet", target / "prompts" / f"{config}.parquet")
+    write_json(target / "provenance" / f"{config}.json", [*_others(target, config, studies), _taken(record, studies)])
+    return studies
+
+
+def records(config: str, target: Path = REFERENCE) -> list[dict[str, Any]]:
+    """What made the rows of a configuration: one record for each promotion of which something is left."""
+    file = target / "provenance" / f"{config}.json"
+    return read_json(file) if file.is_file() else []
+
+
+def _taken(record: dict[str, Any], studies: list[str]) -> dict[str, Any]:
+    return {"studies": studies, **record}
+
+
+def _others(target: Path, config: str, studies: list[str]) -> list[dict[str, Any]]:
+    """The records of what stays: studies of earlier promotions that this one doesn't replace."""
+    kept = [{**record, "studies": sorted({*record["studies"]} - {*studies})} for record in records(config, target)]
+    return [record for record in kept if record["studies"]]
+
+
+def _merged(source: Path, target: Path, config: str, studies: list[str]) -> pd.DataFrame:
+    """The rows of `target` that stay, and those of `source`; a column that older rows lack is null there."""
+    fresh = pd.read_parquet(source)
+    fresh.insert(0, "config", config)
+    if not target.is_file():
+        return fresh
+    former = pd.read_parquet(target)
+    if "config" not in former.columns:
+        raise HiresError(
+            f"{target} doesn't say which configuration made it, so an older hires wrote it: delete it first"
+        )
+    taken = former[former["study"].isin(studies) & (former["config"] != config)]
+    if len(taken):
+        study, owner = taken[["study", "config"]].iloc[0]
+        raise HiresError(
+            f"study {study!r} of {target.parent} was made by configuration {owner!r}: "
+            f"give the study of configuration {config!r} another name"
+        )
+    if unknown := [name for name in former.columns if name not in fresh.columns]:
+        raise HiresError(
+            f"{source} has no column {', '.join(unknown)}, but {target} has: "
+            "make the scores again with this version of hires (hires metrics)"
+        )
+    return pd.concat([former[~former["study"].isin(studies)], fresh], ignore_index=True)[fresh.columns]
