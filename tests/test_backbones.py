@@ -476,9 +476,3 @@ def test_from_pipeline_keeps_the_users_object(sdxl_pipe):
 def test_bad_hints_are_told_with_their_name(sdxl_pipe):
     with pytest.raises(HiresError, match="did you mean 'tau'"):
         Backbone.from_pipeline(sdxl_pipe, "x", {"sampling": {"tua": 3}})
-
-
-def test_load_without_the_hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = refusal("nobody/nothing")
-    assert "neither in the local cache" in message and "local folder" in message

@@ -13,11 +13,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hires.backbones.base import Backbone, read_hints, read_json
 from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
+from hires.hub import download_pipeline
 from hires.models import ASSETS, HINTS, build_pipeline
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,7 +33,7 @@ def load(
 
     Args:
         name_or_folder: "tiny-flux", "tiny-sdxl", "flux-dev", "flux-schnell", "sdxl", a diffusers folder with
-            safetensors weights, or a hub id.
+            safetensors weights, or a hub id: OWNER/NAME, or OWNER/NAME@REVISION.
         device: torch device; default: CUDA where there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA bfloat16 for FLUX and float16 for
             SDXL, float32 elsewhere and for the tiny models.
@@ -41,7 +41,7 @@ def load(
 
     Raises:
         HiresError: an unknown name or device, a folder without model_index.json, a missing or truncated file, a
-            pipeline class of no known family.
+            pipeline class of no known family, a model that the hub doesn't give (see `hires.hub`).
     """
     device = usable_device(device)
     if isinstance(dtype, str):
@@ -94,14 +94,7 @@ def _folder(name: str) -> Path:
         if "/" in source:
             raise HiresError(f"model folder {source} does not exist")
         raise unknown("model", name, PRESETS)
-    try:
-        return Path(DiffusionPipeline.download(source, use_safetensors=True))
-    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise HiresError(
-            f"model {name!r}: {source} is neither in the local cache nor did the hub give it "
-            f"({type(error.__cause__ or error).__name__}): check the name, the connection and, for a gated model, "
-            "the login (hf auth login); a local folder works too"
-        ) from None
+    return download_pipeline(source)
 
 
 def check_folder(folder: Path) -> type[Backbone]:
@@ -263,7 +256,7 @@ def _random_component(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Loading without progress bars and remarks; warnings about truncated prompts and the like stay for later."""
-    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers")}
+    levels = {name: logging.getLogger(name).level for name in ("diffusers", "transformers", "huggingface_hub")}
     bars = [
         (diffusers.utils.logging, diffusers.utils.logging.is_progress_bar_enabled()),
         (transformers.utils.logging, transformers.utils.logging.is_progress_bar_enabled()),

@@ -8,16 +8,23 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model: `source` is a hub id, or the name of a folder that the package carries (`embedded`)."""
+    """A named model: `source` is a hub id, or the name of a folder that the package carries (`embedded`).
+
+    `download`: gigabytes that the hub sends; `parameters`: billions, text encoders and VAE included; `gated`: whether
+    the hub asks for a login and the owner's consent.
+    """
 
     source: str
     embedded: bool = False
+    download: float = 0.0
+    parameters: float = 0.0
+    gated: bool = False
 
 
 PRESETS = {
     "tiny-flux": Preset("tiny-flux", embedded=True),
     "tiny-sdxl": Preset("tiny-sdxl", embedded=True),
-    "flux-dev": Preset("black-forest-labs/FLUX.1-dev"),
-    "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell"),
-    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
+    "flux-dev": Preset("black-forest-labs/FLUX.1-dev", download=33.7, parameters=16.87, gated=True),
+    "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell", download=33.7, parameters=16.86, gated=True),
+    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", download=13.9, parameters=3.47),
 }

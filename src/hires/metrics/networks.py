@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hires.errors import HiresError
+from hires.hub import download_clip
 from hires.metrics.pixels import View
 from hires.scenes import BACKGROUNDS, COLOURS, SHAPES
 
@@ -143,9 +144,10 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
     folder = _folder(name)
     if name == "tiny-clip" and not folder.is_dir():
         raise HiresError(f"no trained tiny-clip in {folder}: train it (`hires train`) and `hires promote` it")
-    place = folder if folder.is_dir() else name
+    place = folder if folder.is_dir() else download_clip(name)
     try:
-        model, tokenizer = CLIPModel.from_pretrained(place, dtype=torch.float32), CLIPTokenizer.from_pretrained(place)
+        model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(place)
     except OSError as error:
         raise HiresError(f"metrics.clip = {name}: {str(error).splitlines()[0]}") from None
     torch.nn.Module.to(model, device)

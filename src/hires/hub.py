@@ -1,0 +1,122 @@
+"""Models of the Hugging Face hub: downloaded once, found in the cache, and a refusal told in one line.
+
+A source is a hub id, `owner/name`, or `owner/name@revision` with a branch, tag or commit.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_token
+
+from hires.errors import HiresError
+
+CLIP_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
+LOCAL = "fetch it elsewhere (hf download) and give its folder"
+RIGHTS = "https://huggingface.co/settings/tokens"
+LOGIN = "hf auth login, or HF_TOKEN in the environment"
+
+
+def page(source: str) -> str:
+    """The web page of a model, with its licence and, for a gated one, the form that asks for access."""
+    return f"https://huggingface.co/{source.partition('@')[0]}"
+
+
+def download_pipeline(source: str) -> Path:
+    """Folder of a diffusers pipeline: configuration and safetensors weights, no other format.
+
+    HiresError where the hub doesn't give it and the cache doesn't hold it.
+    """
+    from diffusers import DiffusionPipeline
+
+    repo, _, revision = source.partition("@")
+    with _explained(source):
+        return Path(DiffusionPipeline.download(repo, revision=revision or None, use_safetensors=True))
+
+
+def download_clip(source: str) -> Path:
+    """Folder of a pair of CLIP encoders with its tokenizer; errors as of `download_pipeline`."""
+    repo, _, revision = source.partition("@")
+    with _explained(source):
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=CLIP_FILES))
+
+
+def cached(source: str) -> Path | None:
+    """Folder of what the cache holds of a model, whole or not, without a connection; None where it holds nothing."""
+    repo, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn whatever the hub's libraries raise inside the block into one HiresError."""
+    try:
+        yield
+    except (OSError, httpx.HTTPError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise HiresError(f"model {source!r}: {_reason(error, source)}") from None
+
+
+def _reason(error: BaseException, source: str) -> str:
+    """What went wrong and what to do, from the first error of the chain that says it. Never the hub's own words: they
+    hold addresses, and may quote what was sent."""
+    for cause in _causes(error):
+        if (known := _known(cause, source)) is not None:
+            return known
+    return f"no diffusers model that can be read ({type(error).__name__}): see {page(source)}; a local folder works too"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _known(error: BaseException, source: str) -> str | None:
+    where, token = page(source), get_token()
+    match error:
+        case GatedRepoError() if token is None:
+            return f"its owner asks for a login: accept the licence on {where}, then {LOGIN}"
+        case GatedRepoError():
+            return f"access is not granted to the account of your token: ask for it on {where}"
+        case RevisionNotFoundError():
+            return f"the hub has no such revision: {where}/commits/main lists them"
+        case RepositoryNotFoundError():
+            hidden = "it may be private: see that your token may read it" if token else f"for a private one: {LOGIN}"
+            return f"the hub has no such model: check the name at {where}; {hidden}"
+        case OfflineModeIsEnabled():
+            return f"not whole in the local cache, and HF_HUB_OFFLINE is set: unset it, or {LOCAL}"
+        case LocalEntryNotFoundError():
+            return None  # its cause says why the hub was not asked
+        case EntryNotFoundError():
+            return f"it is no diffusers pipeline with safetensors weights: see {where}/tree/main"
+        case HfHubHTTPError() if error.response.status_code == 401:
+            return f"the hub doesn't accept your token: renew it ({LOGIN})"
+        case HfHubHTTPError() if error.response.status_code == 403:
+            return (
+                f"your token may not read it: give it that right on https://huggingface.co/settings/tokens, see {where}"
+            )
+        case HfHubHTTPError():
+            return f"the hub answered {error.response.status_code}: try again later, or {LOCAL}"
+        case httpx.TransportError():
+            return f"not whole in the local cache, and no connection to the hub: connect, or {LOCAL}"
+        case HFValidationError():
+            return "no name that the hub could have: OWNER/NAME or OWNER/NAME@REVISION"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left for it: free some, or set HF_HOME to another disk"
+    return None

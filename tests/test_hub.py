@@ -1,0 +1,115 @@
+"""Models of the hub, against a hub on this machine: downloads, and each refusal in one line without the token."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from fake_hub import COMMIT, serve
+
+from hires.models import ASSETS
+
+TOKEN = "hf_thisIsNoTokenButMustNotBeShown"
+NOWHERE = "http://127.0.0.1:9"
+FLUX = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+REFUSALS = {  # as the hub: what a gated model is called and holds may be read, its files may not
+    "black-forest-labs/FLUX.1-dev/resolve": lambda token: (
+        403 if token else 401,
+        {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access is restricted for {token}"},
+    ),
+    "api/models/some/fine-grained": lambda token: (403, {"X-Error-Message": "enable access to gated repositories"}),
+    "api/models/some/down": lambda token: (503, {}),
+    "api/models/some/strict": lambda token: (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+}
+LOAD = """
+import json, sys, hires
+from hires.errors import HiresError
+for model in sys.argv[1:]:
+    try:
+        print(json.dumps(hires.load(model, device="cpu").revision))
+    except HiresError as error:
+        print(json.dumps([str(error)]))
+"""
+
+
+def load(models, home, address, token=None, **environment):
+    """The revision of each model, or the line that refuses it, as a process says whose hub is `address`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    given = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
+    given |= {"HF_TOKEN": token} if token else {}
+    command = [sys.executable, "-c", LOAD, *models]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean | given)
+    assert (done.returncode, done.stderr) == (0, "") and TOKEN not in done.stdout
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(isinstance(line, str) or (line[0].startswith("model '") and "\n" not in line[0]) for line in said)
+    return [line if isinstance(line, str) else line[0] for line in said]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A model beside which lie files that must not be fetched."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ASSETS / "tiny-sdxl", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*training.json"))
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "sd_xl.safetensors").write_bytes(b"another layout")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(repository):
+    def refuse(path, token):
+        return next((answer(token) for start, answer in REFUSALS.items() if path.startswith(start)), None)
+
+    gated = ASSETS / "tiny-flux"
+    with serve(
+        {"some/tiny": repository, "black-forest-labs/FLUX.1-dev": gated, "some/none": gated / "vae"}, refuse
+    ) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, hub):
+    """A cache that holds some/tiny."""
+    home = tmp_path_factory.mktemp("home")
+    models = {
+        "some/tiny": COMMIT,
+        "some/tiny@main": COMMIT,
+        "some/tiny@v9": "no such revision: https://huggingface.co/some/tiny/commits/main",
+        "flux-dev": f"accept the licence on {FLUX}, then hf auth login",
+        "some/other": "no such model: check the name at https://huggingface.co/some/other; for a private one: hf auth",
+        "some/none": "no diffusers pipeline with safetensors weights: see https://huggingface.co/some/none/tree/main",
+        "some/down": "the hub answered 503: try again later",
+        "some/a..b": "OWNER/NAME",
+    }
+    for said, told in zip(load(models, home, hub.address), models.values(), strict=True):
+        assert told in said
+    return home
+
+
+def test_only_what_is_needed_is_fetched_and_no_token_asked_for(home, hub):
+    fetched = [path for method, path, _ in hub.seen if method == "GET" and path.startswith("some/tiny/resolve/")]
+    assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for path in fetched)
+    assert not [path for path in fetched if path.endswith((".bin", "sd_xl.safetensors"))]
+    assert {token for *_, token in hub.seen} == {None}
+
+
+def test_what_a_token_does_not_open(tmp_path, hub):
+    models = {
+        "flux-dev": f"access is not granted to the account of your token: ask for it on {FLUX}",
+        "some/strict": "the hub doesn't accept your token: renew it (hf auth login",
+        "some/fine-grained": "settings/tokens, see https://huggingface.co/some/fine-grained",
+        "some/other": "it may be private: see that your token may read it",
+    }
+    for said, told in zip(load(models, tmp_path, hub.address, TOKEN), models.values(), strict=True):
+        assert told in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [({}, "no connection to the hub"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it")],
+)
+def test_without_a_connection_the_cache_serves(home, environment, told):
+    cached, refused = load(["some/tiny", "flux-dev"], home, NOWHERE, TOKEN, **environment)
+    assert cached == COMMIT and told in refused
