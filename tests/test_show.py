@@ -1,6 +1,7 @@
 """`hires show`: the record of an image, and the image once more from it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -216,6 +217,16 @@ def test_images_of_a_configuration(tmp_path, monkeypatch, capsys, image_format, 
     (config.root / "config.yaml").write_text(text)  # as `hires run` leaves it
     assert show(file, "--again", "again.png", *CPU) == 0
     assert capsys.readouterr().out == "again.png: the same pixels\n"
+    if variant == "scale-dit":
+        another = build_pipeline("tiny-flux")
+        another.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "scale-dit")
+        shutil.move("lora", "former")
+        save_lora(another, tmp_path / "lora", "scale-dit")
+        assert show(file, "--again", "again.png", *CPU) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("hires show: adapter 'scale-dit' is ") and "but the record says" in told
+        shutil.rmtree("lora")
+        shutil.move("former", "lora")
     if variant == "jump":  # the record of what was made again is complete, but for the place of an adapter
         assert show("again.png", "--again", "third.png", *CPU) == 0
     (tmp_path / "other.yaml").write_text(text.replace("flux:", "sdxl:").replace("[flux]", "[sdxl]"))

@@ -10,15 +10,18 @@ from hires_kernels.errors import KernelError
 from hires_kernels.library import register_flop_formulas
 from hires_kernels.operations import local_attention, neighborhood_patch_attention, qk_norm_rope
 from hires_kernels.rope import apply_rope
+from hires_kernels.watching import Ran, watch
 
 __all__ = [
     "BACKENDS",
     "KernelError",
     "Problem",
+    "Ran",
     "apply_rope",
     "explain",
     "local_attention",
     "neighborhood_patch_attention",
     "qk_norm_rope",
     "register_flop_formulas",
+    "watch",
 ]

@@ -21,13 +21,20 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hires_kernels import flops, reference, sdpa
-from hires_kernels.backends import Problem, choose
+from hires_kernels import flops, reference, sdpa, watching
+from hires_kernels.backends import BACKENDS, Problem, choose
 from hires_kernels.errors import KernelError
 
 
 def _problem(operation: str, query: Tensor, needs_grad: bool) -> Problem:
     return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad)
+
+
+def _chosen(backend: str, problem: Problem) -> ModuleType:
+    """`choose`, and tell it to those who watch."""
+    module = choose(backend, problem)
+    watching.operation(problem.operation, next(name for name, entry in BACKENDS.items() if entry.module is module))
+    return module
 
 
 def _optional(items: Sequence[Any]) -> Any:
@@ -106,7 +113,7 @@ def neighborhood_patch_attention(
 ) -> tuple[Tensor, Tensor]:
     if shift is not None:
         _check_shift(shift, window)
-    module = choose(backend, _problem("neighborhood_patch_attention", query, needs_grad))
+    module = _chosen(backend, _problem("neighborhood_patch_attention", query, needs_grad))
     with _without_autocast(query):
         image, text_output = module.neighborhood_patch_attention(
             query,
@@ -213,7 +220,7 @@ def local_attention(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = choose(backend, _problem("local_attention", query, needs_grad))
+    module = _chosen(backend, _problem("local_attention", query, needs_grad))
     options = {
         "grid": tuple(grid),
         "form": form,
@@ -337,7 +344,7 @@ def qk_norm_rope(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = choose(backend, _problem("qk_norm_rope", query, needs_grad))
+    module = _chosen(backend, _problem("qk_norm_rope", query, needs_grad))
     with _without_autocast(query):
         image_query, image_key, text_query, text_key = module.qk_norm_rope(
             query,

@@ -1,9 +1,11 @@
 """LoRA adapters that a variant needs: found beside the model, switched on and off without touching the user's own."""
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from hires.errors import HiresError
@@ -14,12 +16,7 @@ States = list[tuple[Any, Any, bool]]  # LoRA layer, its active adapters, whether
 
 def adapter_states(model: nn.Module) -> States:
     """Which LoRAs are on, layer by layer."""
-    if not getattr(model, "peft_config", None):
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    return [(layer, layer._active_adapter, layer._disable_adapters) for _, layer in _lora_layers(model)]
 
 
 def restore_adapters(states: States) -> None:
@@ -54,3 +51,43 @@ def adapter_switched(model: nn.Module, name: str, on: bool) -> Iterator[None]:
         yield
     finally:
         restore_adapters(before)
+
+
+def adapter_digests(pipe: Any, needed: str | None = None) -> dict[str, str]:
+    """What the LoRAs that act on a pipeline are: name -> SHA-256 of their weights as loaded and of their scale.
+
+    `needed`: the adapter of the variant, which counts though it is switched on for one pass only; Scale-DiT's own is
+    left aside for other variants, which switch it off. A LoRA fused into the weights can't be told from them.
+    """
+    hashes: dict[str, Any] = {}
+    for part, component in sorted(pipe.components.items()):
+        for place, layer in _lora_layers(component):
+            acting = {*([] if layer._disable_adapters else layer.active_adapters)} - {SCALE_DIT} | {needed}
+            for name in acting & layer.scaling.keys():
+                _add(hashes.setdefault(name, hashlib.sha256()), f"{part}.{place}", layer, name)
+    return {name: found.hexdigest() for name, found in sorted(hashes.items())}
+
+
+def _lora_layers(model: Any) -> list[tuple[str, Any]]:
+    """The LoRA layers of a part of a pipeline with their names."""
+    if not getattr(model, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _add(digest: Any, place: str, layer: Any, name: str) -> None:
+    """Add one LoRA of a layer to a hash, also where offloading keeps its weights elsewhere."""
+    from accelerate.utils import align_module_device
+
+    digest.update(f"{place} {layer.scaling[name]}".encode())
+    for matrix in layer.adapter_layer_names:
+        held = getattr(layer, matrix, {})
+        if name in held:
+            module = held[name]
+            with align_module_device(module) if isinstance(module, nn.Module) else nullcontext():
+                for x in module.parameters() if isinstance(module, nn.Module) else [module]:
+                    x = x.detach().cpu().contiguous()
+                    digest.update(f"{matrix} {x.dtype} {tuple(x.shape)}".encode())
+                    digest.update(x.view(torch.uint8).numpy())

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import hires
+from hires.adapters import adapter_digests
 from hires.backbones.base import Backbone
 from hires.cascade import Callback, Stage, cascade, decode, to_pixels
 from hires.errors import HiresError
@@ -104,6 +105,7 @@ def record(
     return {
         "model": backbone.name,
         "revision": backbone.revision,
+        "adapters": adapter_digests(backbone.pipe, chosen.adapter),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "prompt": prompt,
         "seed": seed,

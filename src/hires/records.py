@@ -37,7 +37,8 @@ class Picture(BaseModel):
 class Recipe(BaseModel):
     """All that an image is a function of. Sides are pixels; `sampling` states every setting.
 
-    `adapters`: where a configuration says that LoRAs of variants lie.
+    `adapters`: the LoRAs that acted, name -> digest (`hires.adapters.adapter_digests`); older records have none.
+    `places`: where a configuration says that LoRAs of variants lie.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,11 +56,12 @@ class Recipe(BaseModel):
     image: Picture | None
     sampling: Sampling
     versions: dict[str, str]
-    adapters: dict[str, Path] = {}
+    adapters: dict[str, str] = {}
+    places: dict[str, Path] = {}
 
 
 RECORDED = [name for name, field in Recipe.model_fields.items() if field.is_required()]
-KNOWN = [*RECORDED, "stage"]
+KNOWN = [*RECORDED, "adapters", "stage"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def describe(record: Mapping[str, Any]) -> str:
     for name, value in record.items():
         if isinstance(value, dict) and value:
             lines += [name, *(f"  {line}" for line in _aligned(value))]
-        elif value is not None:
+        elif value not in (None, {}):
             lines += _aligned({name: value})
     return "\n".join(lines)
 
@@ -118,9 +120,9 @@ def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
     `config`: for a record of the images stage, which names a backbone and a variant of it. HiresError where the record
     is another version's, with a field too few or too many, or doesn't agree with the configuration.
     """
-    adapters: dict[str, str] = {}
+    places: dict[str, str] = {}
     if "study" in record:
-        record, adapters = _completed(record, config)
+        record, places = _completed(record, config)
     maker = record.get("versions") or {}
     version = maker.get("hires") if isinstance(maker, dict) else None
     _match(record, RECORDED, "", version, KNOWN)
@@ -128,7 +130,7 @@ def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
         if isinstance(record[part], dict):
             _match(record[part], fields, f"{part}.", version, fields)
     try:
-        return Recipe.model_validate({**record, "adapters": adapters})
+        return Recipe.model_validate({**record, "places": places})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -206,12 +208,13 @@ def load(recipe: Recipe, model: str | None = None, device: str | None = None) ->
         raise HiresError("the record names no revision: the image was made from a pipeline in memory, not from a model")
     weights = "random" if recipe.revision == "random" else "pretrained"
     backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights)  # type: ignore[arg-type]
-    backbone.adapters = recipe.adapters
+    backbone.adapters = recipe.places
     if backbone.revision != recipe.revision:
         raise HiresError(
             f"model {backbone.name!r} is revision {backbone.revision} here, but the record says {recipe.revision}: "
             "give the folder of that revision with --model (hf download MODEL --revision REVISION prints it)"
         )
+    _same_adapters(recipe, backbone)
     recorded, now = recipe.sampling.model_dump(), recipe.sampling.over(backbone.defaults).model_dump()
     for name, value in now.items():
         if value != recorded[name]:
@@ -219,6 +222,29 @@ def load(recipe: Recipe, model: str | None = None, device: str | None = None) ->
                 f"setting {name}: the record states none, and model {backbone.name!r} has {value!r} as its default now"
             )
     return backbone
+
+
+def _same_adapters(recipe: Recipe, backbone: "Backbone") -> None:
+    """HiresError unless the LoRAs that would act now are the recorded ones."""
+    from hires.adapters import adapter_digests
+
+    needed = recipe.variant_fields.adapter
+    if needed:
+        backbone.require_adapter(needed)
+    found = adapter_digests(backbone.pipe, needed)
+    for name in sorted({*found, *recipe.adapters}):
+        if name not in recipe.adapters:
+            raise HiresError(
+                f"the record names no digest of adapter {name!r}, which an older hires left out: it can't be told "
+                "whether the one here is the same; make the image again"
+            )
+        if name not in found:
+            raise HiresError(f"made with the LoRA {name!r}, digest {recipe.adapters[name]}, which isn't loaded here")
+        if found[name] != recipe.adapters[name]:
+            raise HiresError(
+                f"adapter {name!r} is {found[name]} here, but the record says {recipe.adapters[name]}: "
+                "put the recorded one back"
+            )
 
 
 def make(

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hires_kernels import geometry
+from hires_kernels import geometry, watching
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid, Intervals
 from hires_kernels.orders import permutation
@@ -533,6 +533,7 @@ def launch(kernel: str, views: tuple[View, ...], dense: int, query: Tensor) -> L
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }
+    watching.launched(f"fused.local, {kernel}", splits=splits, **constants)
     return Launch(shapes, (owners, batch * heads, splits), steps, constants)
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hires_kernels import watching
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid
 
@@ -448,6 +449,7 @@ def attend(
     text_tiles = 0 if text_output is None else ceil(text_tokens / config.queries)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     ragged = logsums is not None and grid[0] % window[0] != 0
+    watching.launched("fused.npa", **config._asdict(), tile=list(tile), tma=tma)
     _attend[(programs(query.device, config, items),)](
         query, *pointers[:2], query if output is None else output,
         text_query, *pointers[2:], query if text_output is None else text_output, logsums, patches.shift,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hires_kernels import watching
+
 ELEMENTS = 1024  # of one load: 16 bytes for each of 128 threads in 16-bit types
 WARPS = 4
 
@@ -204,6 +206,7 @@ def qk_norm_rope(
     programs = batch * (tokens + copies * text_tokens)
     if programs == 0:
         return *outs, *text_outs
+    watching.launched("fused.qk_norm_rope", warps=WARPS)
     with _device(query):
         qk_norm_rope_kernel[(programs,)](
             query,

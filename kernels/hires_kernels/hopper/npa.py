@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hires_kernels import watching
 from hires_kernels.fused.npa import LOG2_E, Patches, Triple, described, tile_shape
 
 _synchronise = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed after Triton 3.6
@@ -398,6 +399,8 @@ def attend(
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     shape = grid, window, patches.count, heads, text_tokens, ceil(text_tokens / KEYS), image_tiles, text_tiles, items
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    chosen = {"queries": QUERIES, "keys": KEYS, "warps": 4, "stages": STAGES[dim], "ping_pong": PING_PONG}
+    watching.launched("hopper.npa", **chosen, tile=list(tile), programs=programs)
     _attend[(programs,)](
         query, *pointers[:2], output,
         text_query, *pointers[2:], output if text_output is None else text_output,

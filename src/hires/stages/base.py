@@ -56,7 +56,7 @@ def _make(config: Config, base: BaseSet, given: Sampling, work: Sequence[Batch],
     model = models.load(config, base.backbone, device)
     sampling = given.over(model.defaults)
     effective = {setting: getattr(sampling, setting) for setting in layout.BASE_SETTINGS}
-    origin = provenance.record(config, model=model.name, revision=model.revision)
+    origin = provenance.record(config, **models.told(model))
     for batch, todo in tqdm(work, desc="base latents", unit="batch", disable=None):
         started = time.monotonic()
         prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]

@@ -105,24 +105,34 @@ class _Maker:
     """Makes batches of one image set."""
 
     def __init__(self, config: Config, images: ImageSet, device: str):
+        from hires.adapters import adapter_digests
+
         self.config, self.images = config, images
         self.variant = config.variants()[images.variant]
         self.backbone = models.load(config, images.backbone, device)
         given = config.sampling(images.study, images.setting, images.backbone)
         self.sampling = given.over(self.backbone.defaults)
         self.base = layout.base_of(config, images)
-        self.provenance = provenance.record(config, model=self.backbone.name, revision=self.backbone.revision)
+        if self.variant.adapter:
+            self.backbone.require_adapter(self.variant.adapter)
+        self.adapters = adapter_digests(self.backbone.pipe, self.variant.adapter)
+        self.provenance = provenance.record(config, **models.told(self.backbone), adapters=self.adapters)
 
     def make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
+        from hires_kernels import watch
+
         from hires.cascade import Meter, cascade, decode
 
         prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
         height, width = self.images.height, self.images.width
         latents, shared = self._base_latents(batch)
         stages, peak = [], 0
-        for stage in cascade(self.backbone, prompts, seeds, self.variant, height, width, self.sampling, base=latents):
-            stages.append(_stage(stage.name, stage.height, stage.width, stage.steps, stage.seconds / len(batch)))
-            peak = max(peak, stage.peak_bytes)
+        with watch() as ran:
+            for stage in cascade(
+                self.backbone, prompts, seeds, self.variant, height, width, self.sampling, base=latents
+            ):
+                stages.append(_stage(stage.name, stage.height, stage.width, stage.steps, stage.seconds / len(batch)))
+                peak = max(peak, stage.peak_bytes)
         with Meter(self.backbone.device) as cost:
             pictures = decode(self.backbone, stage, self.sampling.vae_tiling)
         stages.append(_stage("decode", height, width, 0, cost.seconds / len(batch)))
@@ -137,7 +147,7 @@ class _Maker:
                 batch=len(batch),
                 stages=steps,
                 sampling=self.sampling.model_dump(),
-                provenance=self.provenance,
+                provenance={**self.provenance, "attention": ran.__dict__},
             )
 
         with ThreadPoolExecutor(self.config.compute.threads) as pool:  # compressing PNGs leaves other threads free
@@ -168,6 +178,7 @@ class _Maker:
             **_names(self.images),
             "model": self.backbone.name,
             "revision": self.backbone.revision,
+            **({"adapters": self.adapters} if self.adapters else {}),
             "sampling": self.sampling.model_dump(exclude_defaults=True),
         }
         return encode(picture, self.config.compute.image_format, parameters)

@@ -1,5 +1,6 @@
 """Models as the stages need them: loaded once, and told apart without being loaded."""
 
+import re
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +40,30 @@ def quiet(*libraries: str) -> None:
         speech = import_module(f"{library}.utils.logging")
         speech.disable_progress_bar()
         speech.set_verbosity_error()
+
+
+def told(backbone: "Backbone") -> dict[str, Any]:
+    """What a record says of a loaded model: device, name, revision, and the SHA-256 of its files by their paths."""
+    folder = Path(backbone.pipe.name_or_path or "")
+    pretrained = backbone.revision not in (None, "random") and folder.is_dir()
+    return {
+        "device": backbone.device.type,
+        "model": backbone.name,
+        "revision": backbone.revision,
+        "files": folder_digests(folder) if pretrained else {},
+    }
+
+
+@lru_cache
+def folder_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder. The hub's cache names large files by it, and they are not read again."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _blob(path) or sha256(path) for path in files}
+
+
+def _blob(path: Path) -> str | None:
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def files(entry: BackboneEntry) -> list[Path]:

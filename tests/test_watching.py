@@ -1,0 +1,36 @@
+"""hires_kernels.watch: what ran, and how it was launched."""
+
+import torch
+from hires_kernels import local_attention, neighborhood_patch_attention, watch
+
+
+def tokens(grid, head_dim=32):
+    return [torch.randn(1, grid[0] * grid[1], 2, head_dim) for _ in range(3)]
+
+
+def test_backends_are_noted_once_and_only_while_someone_watches():
+    grid, image = (8, 8), tokens((8, 8))
+    with watch() as ran:
+        for backend in ("sdpa", "reference", "sdpa"):
+            neighborhood_patch_attention(*image, grid=grid, window=(4, 4), backend=backend)
+        with watch() as inner:
+            local_attention(*image, grid=grid, radius=1)
+    neighborhood_patch_attention(*image, grid=grid, window=(4, 4), backend="reference")
+    assert ran.operations == {"neighborhood_patch_attention": ["sdpa", "reference"], "local_attention": ["sdpa"]}
+    assert inner.operations == {"local_attention": ["sdpa"]}
+    assert ran.launches == inner.launches == []
+
+
+def test_fused_kernels_say_how_they_were_launched():
+    grid, image = (8, 8), tokens((8, 8))
+    with watch() as ran:
+        for _ in range(2):
+            neighborhood_patch_attention(*image, grid=grid, window=(4, 4), backend="triton")
+        local_attention(*image, grid=grid, radius=1, backend="triton")
+    assert ran.operations == {"neighborhood_patch_attention": ["triton"], "local_attention": ["triton"]}
+    patches, local = ran.launches
+    assert patches == {
+        "kernel": "fused.npa", "queries": 32, "keys": 16, "warps": 4, "stages": 1, "programs": 1, "tile": [4, 4],
+        "tma": True,
+    }  # fmt: skip
+    assert local["kernel"] == "fused.local, forward" and {"num_warps", "num_stages", "ROWS", "COLS"} <= set(local)
