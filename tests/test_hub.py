@@ -5,12 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, serve
 
+from hires import doctor
+from hires.errors import HiresError
 from hires.models import ASSETS
 
+ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsNoTokenButMustNotBeShown"
 NOWHERE = "http://127.0.0.1:9"
 FLUX = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
@@ -113,3 +117,52 @@ def test_what_a_token_does_not_open(tmp_path, hub):
 def test_without_a_connection_the_cache_serves(home, environment, told):
     cached, refused = load(["some/tiny", "flux-dev"], home, NOWHERE, TOKEN, **environment)
     assert cached == COMMIT and told in refused
+
+
+# --- hires doctor, on the same cache, in this process and without a connection
+
+
+@pytest.fixture
+def checks(monkeypatch, tmp_path, home):
+    """The checks of a model or a configuration, by name, with the cache in `home`."""
+
+    def examine(cache=home, **subject):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(cache / "token"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        return {check.name: check for check in doctor.examine(tmp_path, **subject)}
+
+    return examine
+
+
+def test_doctor_knows_what_the_cache_holds(checks, home, tmp_path):
+    found = checks(model="some/tiny")["weights some/tiny"]
+    assert found.state == "ok" and found.found.endswith(f"whole, revision {COMMIT}")
+    shutil.copytree(home, tmp_path / "copy", symlinks=True)
+    (weights,) = (tmp_path / "copy").rglob("unet/diffusion_pytorch_model.safetensors")
+    os.truncate(weights.resolve(), 1000)
+    found = checks(tmp_path / "copy", model="some/tiny")["weights some/tiny"]
+    assert (found.state, found.mend) == (
+        "wrong",
+        "fetch it again: hf download some/tiny",
+    ) and "cut short" in found.found
+
+
+def test_doctor_says_how_to_get_a_gated_model(checks, home, tmp_path):
+    found = checks(model="flux-dev")
+    assert found["weights flux-dev"].state == "wrong" and f"licence on {FLUX}" in found["weights flux-dev"].mend
+    assert "34 GB of weights" in found["GPU for flux-dev"].mend + found["GPU for flux-dev"].found
+    (tmp_path / "token").write_text(TOKEN)
+    assert "licence" not in checks(tmp_path, model="flux-dev")["weights flux-dev"].mend
+    with pytest.raises(HiresError, match="did you mean 'flux-dev'"):
+        checks(model="fluxdev")
+
+
+def test_doctor_checks_what_a_configuration_needs(checks):
+    found = checks(config=ROOT / "config/paper.yaml")
+    assert {"weights flux-dev", "weights sdxl", "adapter scale-dit, flux-dev", "Inception"} <= set(found)
+    assert found["prompts"].state == "wrong" and "'data/laion' does not exist" in found["prompts"].found
+    assert found["encoders openai/clip-vit-large-patch14"].state == "note"
+    assert found["disk of results"].state == "wrong" and "GiB" in found["disk of results"].mend
+    embedded = checks(config=ROOT / "config/smoke.yaml")
+    assert doctor.runs(list(embedded.values())) and {f"weights {name}" for name in doctor.EMBEDDED} <= set(embedded)

@@ -108,7 +108,9 @@ class Prompts(Section):
 class BackboneEntry(Section):
     """A model under a name of its own: the same model may stand here twice with other settings."""
 
-    model: str = Field(description="tiny-flux, tiny-sdxl, flux-dev, sdxl, a diffusers folder or a hub id")
+    model: str = Field(
+        description="tiny-flux, tiny-sdxl, flux-dev, sdxl, a diffusers folder, or OWNER/NAME[@REVISION] of the hub"
+    )
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: untrained, for dry runs")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the model")
     base_resolution: int = Field(1024, ge=1, description="side of the square that the model was trained at, pixels")

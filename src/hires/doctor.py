@@ -28,7 +28,7 @@ EMBEDDED = ("tiny-flux", "tiny-sdxl", "tiny-clip")
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `wrong` stops the embedded default, `note` is good to know; `mend` says what to do, "" for nothing."""
+    """One line: `wrong` stops what is to run, `note` is good to know; `mend` says what to do, "" for nothing."""
 
     name: str
     state: Literal["ok", "note", "wrong"]
@@ -36,13 +36,24 @@ class Check:
     mend: str = ""
 
 
-def examine(results: Path = Path("results")) -> list[Check]:
-    """Every check, in the order of the report. `results`: the folder that outputs go to."""
-    return [*_python(), *_packages(), *_torch(), *_weights(), _memory(), *_folders(results), _token()]
+def examine(results: Path = Path("results"), config: Path | None = None, model: str | None = None) -> list[Check]:
+    """Every check, in the order of the report.
+
+    `results`: the folder that outputs go to. `config`, `model`: what is to run in place of the embedded default.
+    HiresError: a configuration with a mistake, or a model of no known name.
+    """
+    machine = [*_python(), *_packages(), *_torch()]
+    if config is not None:
+        subject = _configuration(config)
+    elif model is not None:
+        subject = list(_model(model, "note"))
+    else:
+        subject = [check for name in EMBEDDED for check in _embedded(name)]
+    return [*machine, *subject, _memory(), *_folders(results, _images(config) if config else DISK), _token()]
 
 
 def runs(checks: list[Check]) -> bool:
-    """Whether nothing stops the embedded default."""
+    """Whether nothing stops what is to run."""
     return all(check.state != "wrong" for check in checks)
 
 
@@ -230,36 +241,153 @@ def _attention(torch: Any, usable: bool) -> Iterator[Check]:
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _weights(assets: Path = PACKAGE / "assets") -> Iterator[Check]:
-    """Whether the embedded models are whole: every part there, every weights file as long as its header states."""
+def _embedded(model: str, assets: Path = PACKAGE / "assets") -> Iterator[Check]:
+    """Whether an embedded model is whole: every part there, every weights file as long as its header states."""
     try:
         from safetensors import SafetensorError, safe_open
 
         from hires.backbones.loading import check_folder
     except (ImportError, RuntimeError, OSError) as error:
-        yield Check("weights", "wrong", f"not checked: {str(error).splitlines()[0]}", INSTALL)
+        yield Check(f"weights {model}", "wrong", f"not checked: {str(error).splitlines()[0]}", INSTALL)
         return
-    for model in EMBEDDED:
-        folder = assets / model
-        problems = []
-        for file in (files := sorted(folder.rglob("*.safetensors"))):
-            try:
-                with safe_open(file, "np"):
-                    pass
-            except SafetensorError:
-                problems.append(f"{file.relative_to(folder)} is cut short or no safetensors file")
-        if model == "tiny-clip":  # not a pipeline
-            needed = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-            problems += [f"{name} is missing" for name in needed if not (folder / name).is_file()]
-        elif not problems:
-            try:
-                check_folder(folder)
-            except HiresError as error:
-                problems.append(str(error).replace(f"{folder}/", "").removesuffix(": fetch the model again"))
-        size = sum(file.stat().st_size for file in files) / 2**20
-        found = "; ".join(problems) or f"{size:.1f} MiB in {len(files)} safetensors, whole"
-        mend = f"fetch src/hires/assets/{model} again: git checkout, or install hires anew" if problems else ""
-        yield Check(f"weights {model}", "wrong" if problems else "ok", found, mend)
+    folder = assets / model
+    problems = []
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError:
+            problems.append(f"{file.relative_to(folder)} is cut short or no safetensors file")
+    if model == "tiny-clip":  # not a pipeline
+        needed = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        problems += [f"{name} is missing" for name in needed if not (folder / name).is_file()]
+    elif not problems:
+        try:
+            check_folder(folder)
+        except HiresError as error:
+            problems.append(str(error).replace(f"{folder}/", "").removesuffix(": fetch the model again"))
+    mend = f"fetch src/hires/assets/{model} again: git checkout, or install hires anew" if problems else ""
+    found = "; ".join(problems) or f"{_size(folder)}, whole"
+    yield Check(f"weights {model}", "wrong" if problems else "ok", found, mend)
+
+
+def _size(folder: Path) -> str:
+    files = list(folder.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files) / 2**20
+    return (
+        f"{size / 1024:.1f} GiB" * (size >= 1024) + f"{size:.1f} MiB" * (size < 1024) + f" in {len(files)} safetensors"
+    )
+
+
+def _model(name: str, without_gpu: Literal["note", "wrong"]) -> Iterator[Check]:
+    """Whether a model's weights are here, whole, and whether a GPU holds them; where not, how to get them."""
+    from hires.backbones.loading import check_folder, locate, revision
+    from hires.backbones.presets import PRESETS
+    from hires.hub import cached
+
+    preset = PRESETS.get(name)
+    if preset and preset.embedded:
+        yield from _embedded(name)
+        return
+    place = locate(name)
+    folder = cached(place) if isinstance(place, str) else place
+    if folder is None:
+        yield from _to_download(name, str(place))
+    else:
+        try:
+            check_folder(folder)
+            yield Check(f"weights {name}", "ok", f"{_size(folder)}, whole, revision {revision(folder)}")
+        except HiresError as error:
+            there = f"fetch it again: hf download {place}" if isinstance(place, str) else "mend the folder"
+            yield Check(f"weights {name}", "wrong", str(error).removesuffix(": fetch the model again"), there)
+    if preset:
+        yield _fits(name, preset.parameters, without_gpu)
+
+
+def _to_download(name: str, source: str) -> Iterator[Check]:
+    """What the first use of a model of the hub asks for: a login where it is gated, disk, a connection."""
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
+
+    from hires.backbones.presets import PRESETS
+    from hires.hub import LOGIN, page
+
+    preset = PRESETS.get(name)
+    amount = f"{preset.download:g} GB" if preset else "its weights"
+    steps = []
+    if preset and preset.gated and not _token_place():
+        steps.append(f"accept its licence on {page(source)}, then {LOGIN}")
+    free = shutil.disk_usage(_existing(Path(HF_HUB_CACHE))).free
+    if preset and free < preset.download * 1e9:
+        steps.append(f"{free / 1e9:.0f} GB are free for it: set HF_HOME to a larger disk")
+    if HF_HUB_OFFLINE:
+        steps.append("unset HF_HUB_OFFLINE")
+    found = f"not in the cache; the first use fetches {amount} from {page(source)}"
+    yield Check(f"weights {name}", "wrong" if steps else "note", found, "; ".join(steps))
+
+
+def _fits(name: str, parameters: float, without_gpu: Literal["note", "wrong"]) -> Check:
+    """Whether the largest GPU holds a model of `parameters` billions in 16 bits."""
+    import torch
+
+    needed = 2 * parameters
+    if not torch.cuda.is_available():
+        return Check(f"GPU for {name}", without_gpu, "none", f"use a machine with a GPU: {needed:.0f} GB of weights")
+    have = max(torch.cuda.get_device_properties(k).total_memory for k in range(torch.cuda.device_count())) / 1e9
+    found = f"{have:.0f} GB for {needed:.0f} GB of weights in 16 bits"
+    if have > 1.3 * needed:
+        return Check(f"GPU for {name}", "ok", found)
+    return Check(f"GPU for {name}", "note", found, "keep parts of it in main memory: hires generate --offload")
+
+
+def _configuration(path: Path) -> list[Check]:
+    """What a configuration needs beside the machine: prompts, models, adapters, the networks of its scores."""
+    from hires.config import load_config
+    from hires.metrics.networks import clip_files
+    from hires.prompts import parquet_files
+
+    config = load_config(path)
+    gpu: Literal["note", "wrong"] = "wrong" if config.compute.device.startswith("cuda") else "note"
+    checks = []
+    if config.prompts.source != "scenes":
+        try:
+            files = parquet_files(config.prompts.source)
+            checks.append(Check("prompts", "ok", f"{len(files)} parquet files at {config.prompts.source}"))
+        except HiresError as error:
+            checks.append(Check("prompts", "wrong", str(error), "config/README.md says where LAION's come from"))
+    trained = {entry.model for entry in config.backbones.values() if entry.weights == "pretrained"}
+    for model in sorted(trained):
+        checks += _model(model, gpu)
+    for name, entry in config.backbones.items():
+        for adapter, place in entry.adapters.items():
+            there = Path(place).exists()
+            mend = "" if there else "train it (docs/training.md), or leave out the variants that need it"
+            checks.append(Check(f"adapter {adapter}, {name}", "ok" if there else "wrong", place, mend))
+    if config.metrics.clip == "tiny-clip" or config.metrics.features == "tiny-clip":
+        checks += _embedded("tiny-clip")
+    if config.metrics.clip != "tiny-clip" and not clip_files(config.metrics.clip):
+        checks.append(_encoders(config.metrics.clip))
+    if config.metrics.features != "tiny-clip":
+        checks += _inception()
+    return checks
+
+
+def _encoders(source: str) -> Check:
+    from hires.hub import cached, page
+
+    if cached(source, "model.safetensors"):
+        return Check(f"encoders {source}", "ok", "in the cache")
+    return Check(f"encoders {source}", "note", f"not in the cache; the first use fetches them from {page(source)}")
+
+
+def _inception() -> Iterator[Check]:
+    import torch
+
+    lacking = _unmet(_asked()[2]["paper"])
+    if lacking:
+        yield Check("Inception", "wrong", "; ".join(lacking), "pip install -e .[paper]")
+        return
+    there = any(Path(torch.hub.get_dir(), "checkpoints").glob("weights-inception-2015-12-05-*.pth"))
+    yield Check("Inception", *(("ok", "in torch's cache") if there else ("note", "fetched at its first use, 91 MiB")))
 
 
 # --- memory, disk, token ------------------------------------------------------------------------------------------
@@ -288,8 +416,15 @@ def _free_memory() -> int:
     return free
 
 
-def _folders(results: Path) -> Iterator[Check]:
-    yield _disk("disk of results", results, "wrong", f"the embedded default writes {DISK / GIB:.0f} GiB")
+def _images(config: Path) -> int:
+    """Bytes of a configuration's images before compression."""
+    from hires.config import load_config
+
+    return sum(s.n * len(s.seeds) * s.height * s.width * 3 for s in load_config(config).image_sets())
+
+
+def _folders(results: Path, needed: int = DISK) -> Iterator[Check]:
+    yield _disk("disk of results", results, "wrong", f"it takes up to {needed / GIB:.1f} GiB", needed)
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
@@ -297,27 +432,36 @@ def _folders(results: Path) -> Iterator[Check]:
     yield _disk("disk of models", Path(HF_HUB_CACHE), "note", "only models from the hub need it: set HF_HOME")
 
 
-def _disk(name: str, folder: Path, state: Literal["note", "wrong"], use: str) -> Check:
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+def _disk(name: str, folder: Path, state: Literal["note", "wrong"], use: str, needed: int = DISK) -> Check:
+    there = _existing(folder)
     free = shutil.disk_usage(there).free
     found = f"{folder}: {free / GIB:.1f} GiB free"
     if not os.access(there, os.W_OK):
         return Check(name, state, f"{found}, not writable", f"make {there} writable, or work elsewhere; {use}")
-    if free < DISK:
+    if free < needed:
         return Check(name, state, found, f"free some space; {use}")
     return Check(name, "ok", found)
 
 
-def _token() -> Check:
-    """Whether there is a token. Asking the hub's own function could open a connection, so only the places are seen."""
-    name, mend = "Hugging Face token", "needed for gated models only (FLUX.1-dev): hf auth login"
-    try:
-        from huggingface_hub.constants import HF_TOKEN_PATH
-    except ImportError:
-        return Check(name, "note", "unknown: huggingface_hub is missing")
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
+def _token_place() -> str | None:
+    """Where a token lies. Asking the hub's own function could open a connection, so only the places are seen."""
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
     if any(os.environ.get(variable) for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")):
-        return Check(name, "ok", "present, in the environment")
+        return "in the environment"
     file = Path(HF_TOKEN_PATH)
-    if file.is_file() and file.stat().st_size:
-        return Check(name, "ok", "present, in a file")
-    return Check(name, "note", "none", mend)
+    return "in a file" if file.is_file() and file.stat().st_size else None
+
+
+def _token() -> Check:
+    name = "Hugging Face token"
+    if find_spec("huggingface_hub") is None:
+        return Check(name, "note", "unknown: huggingface_hub is missing")
+    if place := _token_place():
+        return Check(name, "ok", f"present, {place}")
+    return Check(name, "note", "none", "needed for gated models only (FLUX.1-dev): hf auth login")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -54,13 +54,14 @@ def download_clip(source: str) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=CLIP_FILES))
 
 
-def cached(source: str) -> Path | None:
-    """Folder of what the cache holds of a model, whole or not, without a connection; None where it holds nothing."""
+def cached(source: str, file: str = "model_index.json") -> Path | None:
+    """Folder of what the cache holds of a model, whole or not, without a connection; None where `file` isn't there."""
     repo, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+        found = try_to_load_from_cache(repo, file, cache_dir=constants.HF_HUB_CACHE, revision=revision or None)
+    except HFValidationError:
         return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 @contextmanager

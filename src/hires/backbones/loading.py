@@ -83,18 +83,26 @@ def _default_dtype(family: type[Backbone], device: torch.device, folder: Path) -
 
 def _folder(name: str) -> Path:
     """The local folder of a model; what comes from the hub is downloaded, or found in its cache."""
+    place = locate(name)
+    return download_pipeline(place) if isinstance(place, str) else place
+
+
+def locate(name: str) -> Path | str:
+    """Where a model lies: a local folder, or the source on the hub that a text names (see `hires.hub`).
+
+    HiresError: neither a known name nor a folder nor a hub id.
+    """
     preset = PRESETS.get(name)
-    if preset and preset.embedded:
-        return ASSETS / preset.source
+    if preset:
+        return ASSETS / preset.source if preset.embedded else preset.source
     path = Path(name).expanduser()
-    if not preset and path.is_dir():
+    if path.is_dir():
         return path
-    source = preset.source if preset else name
-    if not preset and (source.count("/") != 1 or source[0] in "./~"):
-        if "/" in source:
-            raise HiresError(f"model folder {source} does not exist")
-        raise unknown("model", name, PRESETS)
-    return download_pipeline(source)
+    if name.count("/") == 1 and name[0] not in "./~":
+        return name
+    if "/" in name:
+        raise HiresError(f"model folder {name} does not exist")
+    raise unknown("model", name, PRESETS)
 
 
 def check_folder(folder: Path) -> type[Backbone]:
