@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hires_kernels import flops, reference, sdpa, watching
-from hires_kernels.backends import BACKENDS, Problem, choose
+from hires_kernels import backends, flops, reference, sdpa, watching
+from hires_kernels.backends import Problem, choose
 from hires_kernels.errors import KernelError
 
 
@@ -33,7 +33,8 @@ def _problem(operation: str, query: Tensor, needs_grad: bool) -> Problem:
 def _chosen(backend: str, problem: Problem) -> ModuleType:
     """`choose`, and tell it to those who watch."""
     module = choose(backend, problem)
-    watching.operation(problem.operation, next(name for name, entry in BACKENDS.items() if entry.module is module))
+    name = next(name for name, entry in backends.BACKENDS.items() if entry.module is module)
+    watching.operation(problem.operation, name)
     return module
 
 
