@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from hires_kernels import launches
 from hires_kernels.fused import npa
 from hires_kernels.hopper import npa as hopper
 from triton.backends.compiler import GPUTarget
@@ -54,7 +55,7 @@ def main():
     triton.runtime.driver.set_active(HOPPER)
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(multi_processor_count=132)
     torch.cuda.get_device_capability = lambda _: (9, 0)
-    npa.launch = lambda query: npa.LAUNCHES[9][query.shape[-1]]
+    npa.launch = lambda query: npa.Launch(**launches.launch("npa_triton", query.shape[-1], query.device))
     npa.programs = lambda *_: 132
     compiled = []
     run = JITFunction.run

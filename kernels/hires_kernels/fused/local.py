@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hires_kernels import geometry, watching
+from hires_kernels import geometry, launches, watching
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid, Intervals
 from hires_kernels.orders import permutation
@@ -389,19 +389,10 @@ class Config(NamedTuple):
 
 
 def config(kernel: str, query: Tensor) -> Config:
-    """Committed, never tuned at run time: other tiles are other bits.
-
-    float32 is for the interpreter. Outside Hopper and the large Blackwell chips a multiprocessor has half the memory.
-    """
+    """The launch of a kernel for a tensor's device and head dim. float32 is for the interpreter."""
     if query.dtype == torch.float32:
         return Config(32, 32, 4, 1)
-    if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
-        return Config(64, 32, 4, 2)
-    return {
-        "forward": Config(128, 128, 8, 3),
-        "query gradient": Config(128, 64, 8, 2),
-        "key gradients": Config(32 if query.shape[-1] == 128 else 64, 64, 4, 2),
-    }[kernel]
+    return Config(**launches.launch(kernel, query.shape[-1], query.device))
 
 
 class View(NamedTuple):
@@ -512,7 +503,7 @@ def launch(kernel: str, views: tuple[View, ...], dense: int, query: Tensor) -> L
     """
     batch, _, heads, dim = query.shape
     chosen = config(kernel, query)
-    keys_own = kernel == "key gradients"
+    keys_own = kernel == "local_key_gradients"
     sizes = (chosen.keys, chosen.queries) if keys_own else (chosen.queries, chosen.keys)
     shapes = tiles(*sizes, views, dense, keys_own)
     owners, steps, splits = prod(shapes.owners), shapes.steps, 1
@@ -621,7 +612,7 @@ def _numbers(near: View, low: View | None, text_tokens: int, steps: int, scale: 
 def _attend(query: Tensor, inputs: Inputs, near: View, low: View | None, options: Options) -> Attended:
     """Of the queries of near.grid."""
     batch, tokens, heads, dim = query.shape
-    run = launch("forward", (near, low) if low else (near,), inputs.text_tokens, query)
+    run = launch("local_forward", (near, low) if low else (near,), inputs.text_tokens, query)
     splits = run.programs[2]
     output = query.new_empty(splits, *query.shape, dtype=torch.float32 if splits > 1 else query.dtype)
     lse = query.new_empty(splits, batch, heads, tokens, dtype=torch.float32)
@@ -657,7 +648,7 @@ def _query_gradients(
     rows: Rows, output: Tensor, inputs: Inputs, near: View, low: View | None, options: Options
 ) -> Tensor:
     """Gradient of the queries; fills rows.delta."""
-    run = launch("query gradient", (near, low) if low else (near,), inputs.text_tokens, rows.query)
+    run = launch("local_query_gradient", (near, low) if low else (near,), inputs.text_tokens, rows.query)
     splits = run.programs[2]
     dtype = torch.float32 if splits > 1 else rows.query.dtype
     result = rows.query.new_empty(splits, *rows.query.shape, dtype=dtype)
@@ -681,7 +672,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values of view.key_grid, seen by image queries through `view`, by all text queries."""
     text_tokens = text.lse.shape[-1] if text else 0
-    run = launch("key gradients", (view,), text_tokens, key)
+    run = launch("local_key_gradients", (view,), text_tokens, key)
     splits = run.programs[2]
     dtype = torch.float32 if splits > 1 else key.dtype
     grads = [key.new_empty(splits, *key.shape, dtype=dtype) for _ in range(2)]

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hires_kernels import watching
+from hires_kernels import launches, watching
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid
 
@@ -236,27 +236,11 @@ class Launch(NamedTuple):
     programs: int = 1
 
 
-# major compute capability -> head dim -> launch. A fixed table: a choice made at run time would change bits.
-LAUNCHES: dict[int, dict[int, Launch]] = {
-    8: {
-        32: Launch(128, 64, 4, 3, 2),
-        64: Launch(128, 64, 4, 3, 2),
-        128: Launch(128, 32, 8, 2, 1),
-    },
-    9: {
-        32: Launch(128, 128, 8, 3, 2),
-        64: Launch(128, 128, 8, 3, 2),
-        128: Launch(128, 128, 8, 2, 1),
-    },
-}
-
-
 def launch(query: Tensor) -> Launch:
-    """The launch for a tensor's device and head dim: that of the newest architecture not above its own."""
+    """The launch for a tensor's device and head dim."""
     if query.device.type == "cpu":  # Triton's interpreter
         return Launch(32, 16, 4, 1)
-    major = torch.cuda.get_device_capability(query.device)[0]
-    return LAUNCHES[max(key for key in LAUNCHES if key <= major)][query.shape[-1]]
+    return Launch(**launches.launch("npa_triton", query.shape[-1], query.device))
 
 
 @cache

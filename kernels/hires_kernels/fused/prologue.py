@@ -15,10 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hires_kernels import watching
-
-ELEMENTS = 1024  # of one load: 16 bytes for each of 128 threads in 16-bit types
-WARPS = 4
+from hires_kernels import launches, watching
 
 
 @triton.jit
@@ -204,9 +201,10 @@ def qk_norm_rope(
     else:
         text_tokens = 0
     programs = batch * (tokens + copies * text_tokens)
+    launch = launches.launch("qk_norm_rope", dim, query.device)  # elements: of one load by all warps
     if programs == 0:
         return *outs, *text_outs
-    watching.launched("fused.qk_norm_rope", warps=WARPS)
+    watching.launched("fused.qk_norm_rope", **launch)
     with _device(query):
         qk_norm_rope_kernel[(programs,)](
             query,
@@ -229,11 +227,11 @@ def qk_norm_rope(
             eps,
             scale,
             heads=heads,
-            HEADS=min(triton.next_power_of_2(heads), ELEMENTS // dim),
+            HEADS=min(triton.next_power_of_2(heads), launch["elements"] // dim),
             DIM=dim,
             TEXT=text is not None,
             PLACES=places is not None,
-            num_warps=WARPS,
+            num_warps=launch["warps"],
         )
     return *outs, *text_outs
 

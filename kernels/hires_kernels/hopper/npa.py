@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hires_kernels import watching
+from hires_kernels import launches, watching
 from hires_kernels.fused.npa import LOG2_E, Patches, Triple, described, tile_shape
 
 _synchronise = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed after Triton 3.6
@@ -77,7 +77,8 @@ def _tokens(place, tile, first_row, first_col, down, across, width, text_tokens,
 @gluon.jit
 def _produce(
     key, value, text_key, text_value, shift, walks, shape, k_tiles, v_tiles, barriers,
-    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = ROWS * COLS
@@ -94,12 +95,13 @@ def _produce(
         key_row = batch * key_walk[0] + head * key_walk[1] + window_row
         value_row = batch * value_walk[0] + head * value_walk[1] + window_row
         for step in range(image_steps):
-            stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+            stage, phase = done % K_STAGES, done // K_STAGES & 1 ^ 1
             down, right = step // wide * ROWS, window_col + step % wide * COLS
             mbarrier.wait(k_free.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), BYTES)
             place = [key_row + down, right, head * key_walk[2]]
             tma.async_copy_global_to_shared(key, place, k_ready.index(stage), k_tiles.index(stage))
+            stage, phase = done % V_STAGES, done // V_STAGES & 1 ^ 1
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), BYTES)
             place = [value_row + down, right, head * value_walk[2]]
@@ -112,12 +114,13 @@ def _produce(
             key_row = text_batch * text_key_walk[0] + head * text_key_walk[1]
             value_row = batch * text_value_walk[0] + head * text_value_walk[1]
             for step in range(steps - image_steps):
-                stage, phase = done % STAGES, done // STAGES & 1 ^ 1
+                stage, phase = done % K_STAGES, done // K_STAGES & 1 ^ 1
                 mbarrier.wait(k_free.index(stage), phase)
                 mbarrier.expect(k_ready.index(stage), BYTES)
                 place = [key_row + step * KEYS, 0, head * text_key_walk[2]]
                 tile = k_tiles.index(stage).reshape([KEYS, 1, DIM])
                 tma.async_copy_global_to_shared(text_key, place, k_ready.index(stage), tile)
+                stage, phase = done % V_STAGES, done // V_STAGES & 1 ^ 1
                 mbarrier.wait(v_free.index(stage), phase)
                 mbarrier.expect(v_ready.index(stage), BYTES)
                 place = [value_row + step * KEYS, 0, head * text_value_walk[2]]
@@ -173,7 +176,8 @@ def _hide(
 def _consume(
     GROUP: gl.constexpr, query, output, text_query, text_output, shift,
     walks, shape, scale, q_tiles, k_tiles, v_tiles, barriers, turns,
-    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
     PING_PONG: gl.constexpr,
 ):  # fmt: skip
@@ -224,8 +228,8 @@ def _consume(
         sums = gl.zeros([64, DIM], gl.float32, SUMS)
         queries = q_tiles.index(2 * buffer + GROUP)
         for step in range(1, steps):
-            stage, phase = done % STAGES, done // STAGES & 1
-            next_stage, next_phase = (done + 1) % STAGES, (done + 1) // STAGES & 1
+            stage, phase = done % V_STAGES, done // V_STAGES & 1
+            next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
             mbarrier.wait(k_ready.index(next_stage), next_phase)
             if PING_PONG:
                 mbarrier.wait(turns.index(GROUP), done & 1 ^ (1 - GROUP))
@@ -253,8 +257,8 @@ def _consume(
 
         # last values of this item, first scores of the next; the queries of the one after it take this item's buffer
         follows = item + stride < items
-        stage, phase = done % STAGES, done // STAGES & 1
-        next_stage, next_phase = (done + 1) % STAGES, (done + 1) // STAGES & 1
+        stage, phase = done % V_STAGES, done // V_STAGES & 1
+        next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
         async_copy.wait_group(0)
         fence_async_shared()
         _synchronise()
@@ -311,23 +315,25 @@ def _consume(
 def _attend(
     query, key, value, output, text_query, text_key, text_value, text_output, shift,
     query_walks, key_walks, shape, scale,
-    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
     MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
     q_tiles = gl.allocate_shared_memory(dtype, [4, 64, DIM], q_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS, DIM], key.layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, ROWS, COLS, DIM], value.layout)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_tiles = gl.allocate_shared_memory(dtype, [K_STAGES, ROWS, COLS, DIM], key.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, ROWS, COLS, DIM], value.layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
+    for stage in gl.static_range(K_STAGES):
         mbarrier.init(k_ready.index(stage), 1)
         mbarrier.init(k_free.index(stage), 2)
+    for stage in gl.static_range(V_STAGES):
         mbarrier.init(v_ready.index(stage), 1)
         mbarrier.init(v_free.index(stage), 2)
     for group in gl.static_range(2):
@@ -340,16 +346,16 @@ def _attend(
             (_consume, (
                 0, query, output, text_query, text_output, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
             )),
             (_consume, (
                 1, query, output, text_query, text_output, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, STAGES, TURNED, SHIFTED, HAS_TEXT,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT,
             )),
         ],
         worker_num_warps=[4, 1],
@@ -358,8 +364,6 @@ def _attend(
 
 
 QUERIES, KEYS = 128, 128
-STAGES = {64: 4, 128: 2}  # of K and V each: 161 and 192 KiB of shared memory with two tiles of queries
-PING_PONG = True
 
 
 def attend(
@@ -398,16 +402,17 @@ def attend(
     text_tiles = 0 if text_output is None else ceil(text_tokens / QUERIES)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     shape = grid, window, patches.count, heads, text_tokens, ceil(text_tokens / KEYS), image_tiles, text_tiles, items
+    launch = launches.launch("npa_gluon", dim, query.device)
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    chosen = {"queries": QUERIES, "keys": KEYS, "warps": 4, "stages": STAGES[dim], "ping_pong": PING_PONG}
-    watching.launched("hopper.npa", **chosen, tile=list(tile), programs=programs)
+    watching.launched("hopper.npa", queries=QUERIES, keys=KEYS, **launch, tile=list(tile), programs=programs)
     _attend[(programs,)](
         query, *pointers[:2], output,
         text_query, *pointers[2:], output if text_output is None else text_output,
         query if patches.shift is None else patches.shift,
         (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
-        QUERIES=QUERIES, ROWS=tile[0], COLS=tile[1], DIM=dim, STAGES=STAGES[dim], TURNED=turned,
+        QUERIES=QUERIES, ROWS=tile[0], COLS=tile[1], DIM=dim,
+        K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % KEYS != 0,
-        PING_PONG=PING_PONG, num_warps=4,
+        PING_PONG=launch["ping_pong"], num_warps=4,
     )  # fmt: skip
