@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hires import parquet
 from hires.config import Columns, Filters, Prompts
 from hires.errors import HiresError
-from hires.storage import replacing
 
 BATCH = 32768  # rows decoded at once
 LONG = 300  # characters; CLIP's 77 tokens end about there
@@ -59,12 +59,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts that `draw_prompts` wrote, in order."""
     if not Path(path).is_file():
         raise HiresError(f"{path} does not exist: draw the prompts first (hires prompts)")
-    return [Prompt(**row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+    return [Prompt(**row) for row in parquet.read(Path(path), SCHEMA.names).select(SCHEMA.names).to_pylist()]
 
 
 def read_counts(path: str | Path) -> dict[str, Any]:
     """What became of the source's rows: rows, dropped (by filter), kept, drawn, over_300_characters."""
-    return json.loads(pq.read_schema(path).metadata[METADATA])["counts"]
+    return json.loads(parquet.read(Path(path)).schema.metadata[METADATA])["counts"]
 
 
 def draw_prompts(settings: Prompts, source: str | Path, path: str | Path) -> dict[str, Any]:
@@ -77,8 +77,7 @@ def draw_prompts(settings: Prompts, source: str | Path, path: str | Path) -> dic
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     record = {"version": 1, "settings": settings.model_dump(mode="json"), "counts": counts}
     table = table.replace_schema_metadata({METADATA: json.dumps(record)})
-    with replacing(Path(path)) as unfinished:
-        pq.write_table(table, unfinished)
+    parquet.write(Path(path), table)
     return counts
 
 
@@ -200,9 +199,9 @@ def _batches(files: list[Path], settings: Prompts) -> Iterator[pa.Table]:
     """Batches of every file under our own column names; a column that isn't there and isn't needed is null."""
     for file in files:
         try:
-            with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
-                columns = _resolve(file, parquet.schema_arrow.names, settings.columns, settings.filters)
-                for batch in parquet.iter_batches(BATCH, columns=list(columns.values())):
+            with pq.ParquetFile(file, buffer_size=1 << 20) as opened:
+                columns = _resolve(file, opened.schema_arrow.names, settings.columns, settings.filters)
+                for batch in opened.iter_batches(BATCH, columns=list(columns.values())):
                     yield _renamed(file, batch, columns)
         except (pa.ArrowException, OSError) as error:
             raise HiresError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from None

@@ -3,7 +3,6 @@
 A folder without images (results/reference) is as good as a full one: whatever needs pictures finds none.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from hires import parquet
 from hires.errors import HiresError
+from hires.storage import Damaged, read_json, read_sealed
 
 TRUE = "true image"
 _REFERENCE = "reference"  # what the table of scores calls them
@@ -60,7 +61,7 @@ class Results:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """The tidy table of scores over all trials, one row per image set and metric."""
-        return where(pd.read_parquet(self.path / "metrics.parquet"), trial="all")
+        return where(parquet.read_frame(self.path / "metrics.parquet"), trial="all")
 
     def scores(self, study: str, **columns) -> pd.DataFrame:
         """A study's scores; those of the references stand under every backbone, as variant "true image"."""
@@ -76,7 +77,7 @@ class Results:
         file = self.path / "paired.parquet"
         columns = ["study", "setting", "backbone", "height", "width", "metric", "a", "b"]
         return (
-            pd.read_parquet(file)
+            parquet.read_frame(file)
             if file.is_file()
             else pd.DataFrame(columns=[*columns, "difference", "low", "high", "n"])
         )
@@ -85,19 +86,19 @@ class Results:
     def prompts(self) -> pd.DataFrame:
         """Columns index, id, prompt, …; empty where the prompts were not kept."""
         file = self.path / "prompts.parquet"
-        return pd.read_parquet(file) if file.is_file() else pd.DataFrame(columns=["index", "id", "prompt"])
+        return parquet.read_frame(file) if file.is_file() else pd.DataFrame(columns=["index", "id", "prompt"])
 
     @cached_property
     def provenance(self) -> dict:
         file = self.path / "provenance.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     @cached_property
     def images(self) -> pd.DataFrame:
         """One row per stored image: the columns of its set, id, seed, path, in the order of the prompts."""
         rows = []
         for manifest in sorted(self.path.glob("images/*/*/*/*/*/shard-*.json")):
-            record = json.loads(manifest.read_text())
+            record = read_sealed(manifest)
             for image in record["images"]:
                 place = {"id": image["id"], "seed": image["seed"], "path": manifest.parent / image["file"]}
                 rows.append({**{name: record[name] for name in SET}, **place})
@@ -149,7 +150,10 @@ def where(frame: pd.DataFrame, **columns) -> pd.DataFrame:
 
 
 def read_image(path: Path) -> Image.Image:
-    return Image.open(path).convert("RGB")
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise Damaged(f"{path} is damaged: no image ({error}); hires run makes it again") from None
 
 
 def _resolve(path: str | Path) -> Path:

@@ -16,9 +16,20 @@ from typing import Any
 
 from hires import layout
 from hires.config import Config
+from hires.errors import HiresError
 from hires.prompts import Prompt, read_prompts
 from hires.provenance import distinct
-from hires.storage import digest, read_json, sha256, write_bytes, write_changed_json, write_json
+from hires.storage import (
+    Damaged,
+    digest,
+    read_sealed,
+    remade,
+    sealed,
+    sha256,
+    write_bytes,
+    write_changed_json,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -34,17 +45,29 @@ class Item:
     def record(self) -> Path:
         return self.file.with_name(f"{self.file.name}.json")
 
-    def finished(self) -> bool:
-        """Whether the file is there, whole, and made from what `key` stands for."""
+    def checked(self) -> dict[str, Any]:
+        """The record; `Damaged` unless the file is there, whole, and made from what `key` stands for."""
         if not (self.file.exists() and self.record.exists()):
+            raise Damaged(f"{self.file} or its record is missing")
+        record = read_sealed(self.record)
+        if record.get("key") != self.key:
+            raise Damaged(f"{self.file} was made from something else")
+        if record.get("sha256") != sha256(self.file):
+            raise Damaged(f"{self.file} is damaged: it is not what was written")
+        return record
+
+    def finished(self) -> bool:
+        """Whether the file is there, whole, and made from what `key` stands for; one that can't be read is not."""
+        try:
+            self.checked()
+        except HiresError:
             return False
-        record = read_json(self.record)
-        return record["key"] == self.key and record["sha256"] == sha256(self.file)
+        return True
 
     def finish(self, data: bytes, **measured: Any) -> None:
         """Write the file, then its record; `measured` holds at least its `provenance`."""
         write_bytes(self.file, data)
-        write_json(self.record, {"key": self.key, "sha256": sha256(self.file), **measured})
+        write_json(self.record, sealed({"key": self.key, "sha256": sha256(self.file), **measured}))
 
 
 def items(
@@ -54,12 +77,19 @@ def items(
 
     `file`: path from (prompt id, seed). `depends`: what shapes each file beside prompt and seed.
     """
-    prompts = read_prompts(layout.prompts(config))
+    prompts = drawn(config)
     return [
         Item(prompt, seed, file(prompt.id, seed), digest({"prompt": prompt.prompt, "seed": seed, **depends}))
         for prompt in (prompts[index] for index in layout.shard_rows(config, n, shard))
         for seed in seeds
     ]
+
+
+def drawn(config: Config) -> list[Prompt]:
+    """The prompts of a configuration."""
+    path = layout.prompts(config)
+    with remade("prompts", path):
+        return read_prompts(path)
 
 
 Batch = tuple[Sequence[Item], list[bool]]  # some items, and which of them are to be made
@@ -83,13 +113,21 @@ def write_manifest(path: Path, head: dict[str, Any], name: str, items: Iterable[
     shared: dict[str, Any] = {}
     entries, origins = [], []
     for item in items:
-        record = read_json(item.record)
+        record = read_sealed(item.record)
         del record["key"]
         origins.append(record.pop("provenance"))
         if "sampling" in record:
             shared["sampling"] = record.pop("sampling")
         entries.append({"id": item.prompt.id, "seed": item.seed, "file": item.file.name, **record})
-    write_changed_json(path, {**head, **shared, name: entries, "provenance": distinct(origins)})
+    write_changed_json(path, sealed({**head, **shared, name: entries, "provenance": distinct(origins)}))
+
+
+def read_manifest(path: Path, stage: str) -> dict[str, Any]:
+    """The manifest of a shard that `stage` made."""
+    if not path.is_file():
+        raise HiresError(f"{path} does not exist: make the images first (hires {stage}, or hires run)")
+    with remade(stage, path):
+        return read_sealed(path)
 
 
 @contextmanager

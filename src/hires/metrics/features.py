@@ -1,5 +1,6 @@
 """Features of one image set: extracted once, stored, and all that the scores are computed from."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,15 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hires.errors import HiresError
 from hires.metrics.networks import Clip, FeatureNetwork
 from hires.metrics.pixels import Pixels, Reader, Source
 from hires.scenes import COLOURS, scene
-from hires.storage import write_bytes
+from hires.storage import Damaged, read_bytes, write_bytes
 
 VERSION = 1
 CHUNK = 8  # images that one thread reads and embeds at a time
@@ -61,20 +62,34 @@ class Features:
     def save(self, path: Path) -> None:
         """Write safetensors, whole or not at all; the same features give the same bytes."""
         record = {"version": VERSION, "ids": self.ids, "seeds": self.seeds, **self.metadata}
+        record["digest"] = _digest(record, self.tensors)
         write_bytes(path, save(self.tensors, {"hires": json.dumps(record, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read what `save` wrote; `Damaged` where the file changed since."""
+        if not path.exists():
+            raise HiresError(f"{path} does not exist: extract the features first (hires features)")
+        data = read_bytes(path)
         try:
-            with safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["hires"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise HiresError(f"{path} does not exist: extract the features first (hires features)") from None
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            record, tensors = json.loads(header["__metadata__"]["hires"]), load(data)
+            whole = record.pop("digest") == _digest(record, tensors)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"{path} is damaged: no features ({error})") from None
+        if not whole:
+            raise Damaged(f"{path} is damaged: it is not what was written")
         if record.pop("version") != VERSION:
             raise HiresError(f"{path}: features of another version; delete the file and run `hires features` again")
         return cls(record.pop("ids"), record.pop("seeds"), tensors, record)
+
+
+def _digest(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().numpy().data)
+    return total.hexdigest()
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from hires.errors import HiresError
 from hires.scenes import COLOURS, parse
+from hires.storage import Damaged
 
 BANDS = {"low": (1 / 8, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 1.0)}  # fractions of the Nyquist frequency
 
@@ -131,11 +132,13 @@ def _decode(source: Source) -> tuple[Tensor, str]:
     else:
         try:
             data = source.image.read_bytes()
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise HiresError(f"{source.image}: no readable image ({reason}); delete it and make it again") from None
+        except OSError as error:
+            raise Damaged(f"{source.image} can't be read ({error.strerror})") from None
         digest = hashlib.sha256(data).hexdigest()
         if source.sha256 not in (None, digest):
-            raise HiresError(f"{source.image}: changed since its manifest was written; delete it and make it again")
+            raise Damaged(f"{source.image} is damaged: it is not what its manifest says")
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise Damaged(f"{source.image} is damaged: no image ({' '.join(str(error).split())})") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), digest

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -9,8 +10,7 @@ from hires import layout, provenance, shards
 from hires.config import Config
 from hires.devices import locked_device
 from hires.layout import BaseSet
-from hires.settings import Sampling
-from hires.shards import Batch
+from hires.shards import Batch, Item
 from hires.stages import VERSIONS, models
 
 
@@ -20,41 +20,42 @@ def run(config: Config, backbone: str, name: str, shard: int, *, device: str | N
     Each file holds one tensor `latents`, (1, C, h, w) float32. Declared output: `layout.base_shard`.
     """
     base = layout.base_set(config, backbone, name)
-    entry = config.backbones[backbone]
-    given = config.sampling(base.study, base.setting, backbone)
-    head = {
-        "version": VERSIONS["base"],
-        "backbone": backbone,
-        "height": base.height,
-        "width": base.width,
-    }
-    settings = {setting: getattr(given, setting) for setting in layout.BASE_SETTINGS}
-    items = shards.items(
+    made_of = items(config, base, shard)
+    work = shards.batches(made_of, config.compute.batch_size)
+    with shards.told(f"base {backbone} {name} shard {shard}", len(made_of)) as made:
+        if work:
+            with locked_device(device or config.compute.device) as place:
+                made.extend(_make(config, base, work, place))
+        shards.write_manifest(layout.base_shard(config, base, shard), _head(base), "latents", made_of)
+
+
+def items(config: Config, base: BaseSet, shard: int) -> list[Item]:
+    """The base latents of one shard."""
+    given = config.sampling(base.study, base.setting, base.backbone)
+    return shards.items(
         config,
         base.n,
         base.seeds,
         shard,
         lambda prompt, seed: layout.base_latents(config, base, prompt, seed),
-        **head,
-        sampling=settings,
-        **models.identity(entry),
+        **_head(base),
+        sampling={setting: getattr(given, setting) for setting in layout.BASE_SETTINGS},
+        **models.identity(config.backbones[base.backbone]),
     )
-    work = shards.batches(items, config.compute.batch_size)
-    with shards.told(f"base {backbone} {name} shard {shard}", len(items)) as made:
-        if work:
-            with locked_device(device or config.compute.device) as place:
-                made.extend(_make(config, base, given, work, place))
-        shards.write_manifest(layout.base_shard(config, base, shard), head, "latents", items)
 
 
-def _make(config: Config, base: BaseSet, given: Sampling, work: Sequence[Batch], device: str) -> Iterator[int]:
+def _head(base: BaseSet) -> dict[str, Any]:
+    return {"version": VERSIONS["base"], "backbone": base.backbone, "height": base.height, "width": base.width}
+
+
+def _make(config: Config, base: BaseSet, work: Sequence[Batch], device: str) -> Iterator[int]:
     """Make the batches; yields how many files each gave."""
     from safetensors.torch import save
 
     from hires.cascade import base_latents
 
     model = models.load(config, base.backbone, device)
-    sampling = given.over(model.defaults)
+    sampling = config.sampling(base.study, base.setting, base.backbone).over(model.defaults)
     effective = {setting: getattr(sampling, setting) for setting in layout.BASE_SETTINGS}
     origin = provenance.record(config, **models.told(model))
     for batch, todo in tqdm(work, desc="base latents", unit="batch", disable=None):

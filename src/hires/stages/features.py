@@ -7,10 +7,11 @@ from typing import Any
 from hires import layout, shards
 from hires.config import Config
 from hires.errors import HiresError
-from hires.prompts import Prompt, read_prompts
+from hires.prompts import Prompt
+from hires.shards import read_manifest
 from hires.stages import VERSIONS, models
 from hires.stages.images import image_sets
-from hires.storage import digest, read_json, sha256
+from hires.storage import digest, remade, sha256
 
 
 def run(
@@ -31,39 +32,38 @@ def run(
     """
     sets = image_sets(config, study, backbone, height, width, settings, variants)
     work = {layout.features(config, images): layout.image_shards(config, images) for images in sets}
-    _extract(config, f"features {study} {backbone} {height}x{width}", work, device)
+    _extract(config, f"features {study} {backbone} {height}x{width}", work, "images", device)
 
 
 def run_references(config: Config, height: int, width: int, device: str | None = None) -> None:
     """Extract the features of the references of one size. Declared output: `layout.reference_features`."""
     work = {layout.reference_features(config, height, width): [layout.reference_manifest(config, height, width)]}
-    _extract(config, f"features references {height}x{width}", work, device)
+    _extract(config, f"features references {height}x{width}", work, "references", device)
 
 
-def read_manifests(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def read_manifests(paths: Sequence[Path], stage: str) -> list[dict[str, Any]]:
     """The images of some shards, each entry with its path under `file`."""
-    entries = []
-    for path in paths:
-        if not path.is_file():
-            raise HiresError(f"{path} does not exist: make the images first (hires images, hires references)")
-        entries += [{**entry, "file": path.parent / entry["file"]} for entry in read_json(path)["images"]]
-    return entries
+    return [
+        {**entry, "file": path.parent / entry["file"]}
+        for path in paths
+        for entry in read_manifest(path, stage)["images"]
+    ]
 
 
-def _extract(config: Config, what: str, work: dict[Path, list[Path]], device: str | None) -> None:
+def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str, device: str | None) -> None:
     import torch
 
-    from hires.metrics import Features, Source, crops_of, extract, load_clip, load_features
+    from hires.metrics import Source, crops_of, extract, load_clip, load_features
     from hires.metrics.networks import clip_files
 
     weights = [sha256(file) for name in (config.metrics.features, config.metrics.clip) for file in clip_files(name)]
-    settings, prompts = config.metrics, {p.id: p for p in read_prompts(layout.prompts(config))}
+    settings, prompts = config.metrics, {p.id: p for p in shards.drawn(config)}
     models.quiet("transformers")
     torch.set_num_threads(config.compute.threads)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with shards.told(what, len(work)) as made:
         for path, manifests in work.items():
-            entries = read_manifests(manifests)
+            entries = read_manifests(manifests, stage)
             asked = [prompts[entry["id"]] for entry in entries]
             key = digest(
                 {
@@ -74,22 +74,33 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], device: st
                     "images": [[entry["sha256"], prompt.prompt] for entry, prompt in zip(entries, asked)],
                 }
             )
-            if path.exists() and Features.load(path).metadata["key"] == key:
+            if _fits(path, key):
                 if path.stat().st_mtime_ns < max(manifest.stat().st_mtime_ns for manifest in manifests):
                     path.touch()  # for Snakemake: still newer than what it is made from
                 continue
-            features = extract(
-                [Source(entry["id"], entry["seed"], entry["file"], entry["sha256"]) for entry in entries],
-                [prompt.prompt for prompt in asked],
-                load_features(settings.features, place),
-                load_clip(settings.clip, place),
-                crops_of(settings),
-                _scenes(asked),
-                config.compute.threads,
-            )
+            with remade(stage, *manifests):
+                features = extract(
+                    [Source(entry["id"], entry["seed"], entry["file"], entry["sha256"]) for entry in entries],
+                    [prompt.prompt for prompt in asked],
+                    load_features(settings.features, place),
+                    load_clip(settings.clip, place),
+                    crops_of(settings),
+                    _scenes(asked),
+                    config.compute.threads,
+                )
             features.metadata["key"] = key
             features.save(path)
             made.append(1)
+
+
+def _fits(path: Path, key: str) -> bool:
+    """Whether whole features with this key are there."""
+    from hires.metrics import Features
+
+    try:
+        return path.exists() and Features.load(path).metadata["key"] == key
+    except HiresError:
+        return False
 
 
 def _scenes(prompts: Sequence[Prompt]) -> list[int] | None:

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from hires import layout, provenance, shards
 from hires.config import Config, ImageSet
 from hires.devices import locked_device
-from hires.errors import HiresError, unknown
+from hires.errors import unknown
 from hires.shards import Batch, Item
-from hires.stages import VERSIONS, models
-from hires.storage import read_json
+from hires.stages import VERSIONS, base, models
+from hires.storage import remade
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +44,7 @@ def run(
     ) as made:
         if any(work.values()):
             with locked_device(device or config.compute.device) as place:
-                made.extend(_make(config, work, place))
+                made.extend(_make(config, work, shard, place))
         for images in sets:
             head = {"version": VERSIONS["images"], **_names(images)}
             shards.write_manifest(layout.image_shard(config, images, shard), head, "images", items[images])
@@ -69,11 +69,11 @@ def image_sets(
     ]
 
 
-def _make(config: Config, work: Mapping[ImageSet, Sequence[Batch]], device: str) -> Iterator[int]:
+def _make(config: Config, work: Mapping[ImageSet, Sequence[Batch]], shard: int, device: str) -> Iterator[int]:
     """Make the batches of each image set; yields how many images each gave."""
     with tqdm(total=sum(map(len, work.values())), desc="images", unit="batch", disable=None) as bar:
         for images, batches in work.items():
-            maker = _Maker(config, images, device)
+            maker = _Maker(config, images, shard, device)
             for batch, todo in batches:
                 maker.make(batch, todo)
                 bar.update()
@@ -102,9 +102,9 @@ def _items(config: Config, images: ImageSet, shard: int) -> list[Item]:
 
 
 class _Maker:
-    """Makes batches of one image set."""
+    """Makes batches of one shard of an image set."""
 
-    def __init__(self, config: Config, images: ImageSet, device: str):
+    def __init__(self, config: Config, images: ImageSet, shard: int, device: str):
         from hires.adapters import adapter_digests
 
         self.config, self.images = config, images
@@ -113,6 +113,9 @@ class _Maker:
         given = config.sampling(images.study, images.setting, images.backbone)
         self.sampling = given.over(self.backbone.defaults)
         self.base = layout.base_of(config, images)
+        stored = base.items(config, self.base, shard) if self.base else []
+        self.stored = {(item.prompt.id, item.seed): item for item in stored}
+        self.vouches = [layout.base_shard(config, self.base, shard)] if self.base else []
         if self.variant.adapter:
             self.backbone.require_adapter(self.variant.adapter)
         self.adapters = adapter_digests(self.backbone.pipe, self.variant.adapter)
@@ -162,11 +165,10 @@ class _Maker:
 
         samples, costs = [], []
         for item in batch:
-            file = layout.base_latents(self.config, self.base, item.prompt.id, item.seed)
-            if not file.exists():
-                raise HiresError(f"no base latents at {file}: make them with hires base, or everything with hires run")
-            samples.append(load_file(file)["latents"])
-            record = read_json(file.with_name(f"{file.name}.json"))
+            stored = self.stored[item.prompt.id, item.seed]
+            with remade("base", *self.vouches):
+                record = stored.checked()
+            samples.append(load_file(stored.file)["latents"])
             costs.append({"steps": record["steps"], "seconds": record["seconds"], "stored": True})
         return torch.cat(samples), costs
 

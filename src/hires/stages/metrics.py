@@ -1,12 +1,18 @@
 """Stage: all scores in one tidy table, and the paired comparisons of variants."""
 
-from hires import layout
+from hires import layout, parquet, shards
 from hires.config import Config
 from hires.errors import HiresError
-from hires.prompts import read_prompts
-from hires.storage import replacing
+from hires.storage import remade
 
 REFERENCE = "reference"
+
+
+def check(config: Config) -> None:
+    """HiresError unless metrics.parquet and paired.parquet are whole, for stages that read them elsewhere."""
+    for path in (layout.metrics(config), layout.paired(config)):
+        with remade("metrics", path):
+            parquet.read(path)
 
 
 def run(config: Config) -> None:
@@ -25,18 +31,20 @@ def run(config: Config) -> None:
         path = layout.scores(config, images)
         if not path.is_file():
             raise HiresError(f"{path} does not exist: score the image sets first (hires scores)")
-        parts.append(pd.read_parquet(path))
+        with remade("scores", path):
+            parts.append(parquet.read_frame(path, TIDY))
     scores = pd.concat(parts, ignore_index=True)
-    prompts = [prompt.id for prompt in read_prompts(layout.prompts(config))]
+    prompts = [prompt.id for prompt in shards.drawn(config)]
     references = []
     for study, height, width, n in dict.fromkeys((s.study, s.height, s.width, s.n) for s in config.image_sets()):
-        features = Features.load(layout.reference_features(config, height, width))
+        file = layout.reference_features(config, height, width)
+        with remade("features", file):
+            features = Features.load(file)
         features = features.take([i for i, name in enumerate(features.ids) if name in set(prompts[:n])])
         names = {"setting": REFERENCE, "trial": "all", "backbone": REFERENCE, "variant": REFERENCE}
         found = ceiling(features, config.metrics)
         references.append(frame(found, study=study, **names, height=height, width=width))
     tidy = pd.concat([scores, *references], ignore_index=True)[TIDY]
     tests = paired(scores[scores["trial"] == "all"])[PAIRED]
-    for path, rows in ((layout.metrics(config), tidy), (layout.paired(config), tests)):
-        with replacing(path) as temporary:
-            rows.to_parquet(temporary, index=False)
+    parquet.write_frame(layout.metrics(config), tidy)
+    parquet.write_frame(layout.paired(config), tests)

@@ -14,6 +14,7 @@ import yaml
 from hires import layout, shards
 from hires.config import Config
 from hires.errors import HiresError, unknown
+from hires.stages import metrics
 from hires.storage import read_json, replacing
 
 NOTEBOOKS = Path("notebooks")
@@ -31,6 +32,8 @@ def run(config: Config, name: str, *, results: Path | None = None, output: Path 
     if output:
         parameters["output"] = str(output)
         target = output / "figures" / "notebooks" / target.name
+    if results is None:
+        metrics.check(config)
     with shards.told(f"notebook {name}", 1) as made:
         execute(NOTEBOOKS / f"{name}.ipynb", target, parameters)
         made.append(1)

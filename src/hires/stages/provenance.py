@@ -1,14 +1,10 @@
 """Stage: what made the results of a configuration, in one file."""
 
-from pathlib import Path
-from typing import Any
-
 from hires import layout, provenance
 from hires.config import Config
-from hires.errors import HiresError
-from hires.prompts import read_prompts
+from hires.shards import drawn, read_manifest
 from hires.stages import models
-from hires.storage import read_json, write_json
+from hires.storage import write_json
 
 
 def run(config: Config) -> None:
@@ -18,10 +14,14 @@ def run(config: Config) -> None:
     model from others, and the revision), `prompts` (n and the digest of their ids), `images` (n, seconds, seeds), and
     `runs` (every different record that a manifest holds).
     """
-    base = [_manifest(path) for item in layout.base_sets(config) for path in layout.base_shards(config, item)]
-    images = [_manifest(path) for item in config.image_sets() for path in layout.image_shards(config, item)]
+    base = [
+        read_manifest(path, "base") for item in layout.base_sets(config) for path in layout.base_shards(config, item)
+    ]
+    images = [
+        read_manifest(path, "images") for item in config.image_sets() for path in layout.image_shards(config, item)
+    ]
     made = [image for manifest in images for image in manifest["images"]]
-    ids = [prompt.id for prompt in read_prompts(layout.prompts(config))]
+    ids = [prompt.id for prompt in drawn(config)]
     revisions = {manifest["backbone"]: manifest["provenance"][-1]["revision"] for manifest in images}
     facts = {
         "configuration": provenance.config_data(config),
@@ -38,9 +38,3 @@ def run(config: Config) -> None:
         "runs": provenance.distinct([record for manifest in base + images for record in manifest["provenance"]]),
     }
     write_json(layout.provenance(config), provenance.record(config, **facts))
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise HiresError(f"{path} does not exist: make the images first (hires base, hires images, or hires run)")
-    return read_json(path)

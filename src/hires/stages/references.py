@@ -11,7 +11,6 @@ from tqdm import tqdm
 from hires import __version__, layout, provenance, shards
 from hires.config import Config
 from hires.errors import HiresError, unknown
-from hires.prompts import read_prompts
 from hires.shards import Item
 from hires.stages import VERSIONS
 from hires.stages.images import encode
@@ -36,7 +35,7 @@ def run(config: Config, height: int, width: int) -> None:
     head: dict[str, Any] = {"version": VERSIONS["references"], "height": height, "width": width}
     items = [
         Item(prompt, 0, layout.reference(config, height, width, prompt.id), digest({"url": prompt.url, **head}))
-        for prompt in read_prompts(layout.prompts(config))[: amounts[height, width]]
+        for prompt in shards.drawn(config)[: amounts[height, width]]
     ]
     todo = [item for item in items if not item.finished()]
     with shards.told(f"references {height}x{width}", len(items)) as made:

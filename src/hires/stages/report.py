@@ -2,7 +2,8 @@
 
 from hires import layout, shards
 from hires.config import Config
-from hires.storage import replacing
+from hires.stages import metrics
+from hires.storage import read_json, remade, replacing
 
 
 def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40) -> None:
@@ -16,6 +17,10 @@ def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40)
     from hires.results import Results
 
     target = layout.report(config)
+    metrics.check(config)
+    shards.drawn(config)
+    with remade("provenance", layout.provenance(config)):
+        read_json(layout.provenance(config))
     with shards.told("report", 1) as made, replacing(target) as temporary:
         write(Results.open(config.root), temporary, config.name, lossless_prompts, max_megabytes)
         made.append(1)

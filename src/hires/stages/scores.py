@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hires import layout, shards
+from hires import layout, parquet, shards
 from hires.config import Config, ImageSet
 from hires.stages.features import read_manifests
 from hires.stages.images import image_sets
-from hires.storage import replacing
+from hires.storage import remade
 
 if TYPE_CHECKING:
     from hires.metrics import Features
@@ -33,7 +33,9 @@ def run(
     from hires.metrics import Features
 
     torch.set_num_threads(config.compute.threads)
-    references = Features.load(layout.reference_features(config, height, width))
+    file = layout.reference_features(config, height, width)
+    with remade("features", file):
+        references = Features.load(file)
     sets = image_sets(config, study, backbone, height, width, settings, variants)
     with shards.told(f"scores {study} {backbone} {height}x{width}", len(sets)) as made:
         for images in sets:
@@ -47,8 +49,10 @@ def _score(config: Config, images: ImageSet, references: "Features") -> None:
     from hires.metrics import Features
     from hires.metrics.scores import SET, TIDY, frame, per_image, score
 
-    features = Features.load(layout.features(config, images))
-    manifest = pd.DataFrame(read_manifests(layout.image_shards(config, images)))
+    file = layout.features(config, images)
+    with remade("features", file):
+        features = Features.load(file)
+    manifest = pd.DataFrame(read_manifests(layout.image_shards(config, images), "images"))
     table = per_image(features, config.metrics.scores, manifest)
     trials = {"all": list(range(len(features)))}
     if len(images.seeds) > 1:
@@ -59,6 +63,5 @@ def _score(config: Config, images: ImageSet, references: "Features") -> None:
         part = table if trial == "all" else table[table["seed"] == int(trial)]
         found = score(features.take(rows), references, config.metrics, part)
         parts.append(frame(found, trial=trial, **names)[[*TIDY, "replicates"]])
-    for path, rows in ((layout.image_scores(config, images), table), (layout.scores(config, images), pd.concat(parts))):
-        with replacing(path) as temporary:
-            rows.to_parquet(temporary, index=False)
+    parquet.write_frame(layout.image_scores(config, images), table)
+    parquet.write_frame(layout.scores(config, images), pd.concat(parts))
