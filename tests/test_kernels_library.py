@@ -42,7 +42,7 @@ def npa_arguments(text=3, shift=False, text_rows="patch", backend="auto", grad=T
     texts = [draw(generator, 2, text, 2, 4).requires_grad_(grad) for _ in range(3)] if text else []
     shifts = torch.tensor([[0, 1], [2, 1]]) if shift else None
     tables = rope(generator, 48, 4)
-    return (*packed.unbind(2), texts, tables, shifts, [6, 8], [4, 4], text_rows, 0.5, backend, grad)
+    return (*packed.unbind(2), texts, tables, shifts, [6, 8], [4, 4], text_rows, 0.5, backend, grad, [])
 
 
 def local_arguments(text=3, guidance=True, backend="auto", grad=True):

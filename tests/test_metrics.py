@@ -14,6 +14,7 @@ from torchmetrics.multimodal import CLIPScore
 from hires.config import Metrics
 from hires.errors import HiresError
 from hires.metrics import (
+    Borders,
     Clip,
     ClipFeatures,
     Crops,
@@ -33,7 +34,7 @@ from hires.metrics.bootstrap import draw_prompts, interval
 from hires.metrics.pixels import View, band_powers, crop_boxes
 from hires.metrics.scores import ROW, ceiling, frame
 from hires.models import build_clip
-from hires.scenes import caption, reference_image, scene, scene_ids
+from hires.scenes import WHOLE, caption, reference_image, scene, scene_ids
 
 N = 12
 
@@ -65,7 +66,8 @@ def pictures(scenes):
 
 def features_of(pictures, prompts, network, clip, scenes=None, crops=None, threads=1):
     sources = [Source(f"{i:02}", 0, picture) for i, picture in enumerate(pictures)]
-    return extract(sources, prompts, network, clip, crops or Crops(128, 3, 0), scenes, threads)
+    views = None if scenes is None else [(number, WHOLE) for number in scenes]
+    return extract(sources, prompts, network, clip, crops or Crops(128, 3, 0), views, threads)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +300,9 @@ def test_extra_and_missing_objects(references):
 def test_every_score_has_a_finite_tidy_row(references, blurred):
     manifest = pd.DataFrame({"id": blurred.ids, "seed": 0, "seconds": np.arange(N) + 1.0, "peak_bytes": range(N)})
     asked = settings()
-    rows = frame(score(blurred, references, asked, per_image(blurred, asked.scores, manifest)), study="main")
+    borders = Borders((64, 128), (64, 128))
+    table = per_image(blurred, asked.scores, manifest, references, borders)
+    rows = frame(score(blurred, references, asked, table), study="main")
     expected = {*asked.scores, "spectrum_low", "spectrum_mid", "spectrum_high"}
     assert set(rows["metric"]) == expected
     assert len(rows) == len(expected)

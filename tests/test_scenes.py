@@ -22,6 +22,7 @@ from hires.scenes import (
     WHOLE,
     Camera,
     caption,
+    close_up,
     random_camera,
     reference_image,
     render,
@@ -29,6 +30,7 @@ from hires.scenes import (
     scene_ids,
     scene_of_url,
     split,
+    view_of_url,
     write_parquet,
 )
 from hires.scenes.captions import COUNTS, PLURALS, in_view, visible_share
@@ -281,3 +283,19 @@ def test_parquet_has_laion_columns_and_leads_back_to_the_scenes(tmp_path):
     for url in ("http://x", "scene://", "scene://-1", "scene://one"):
         with pytest.raises(HiresError, match="scene address"):
             scene_of_url(url)
+
+
+def test_close_ups_have_rows_of_their_own(tmp_path):
+    path, ids = tmp_path / "close.parquet", scene_ids("held-out", 8)
+    write_parquet(path, ids, width=256, height=256, close_ups=True)
+    for row, scene_id in zip(pq.read_table(path).to_pylist(), ids):
+        camera = close_up(scene(scene_id))
+        assert 2 <= camera.zoom <= 4
+        assert view_of_url(row["URL"]) == (scene_id, camera)
+        assert row["TEXT"] == caption(scene(scene_id), camera)
+        assert in_view(scene(scene_id), camera)
+    close, whole = (reference_image(ids[0], 64, 64, view) for view in (camera, WHOLE))
+    assert close.tobytes() != whole.tobytes()
+    assert view_of_url("scene://42") == (42, WHOLE)
+    with pytest.raises(HiresError, match="no scene address"):
+        view_of_url("scene://x?close-up")

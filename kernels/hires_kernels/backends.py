@@ -26,6 +26,7 @@ class Problem:
     dtype: torch.dtype
     head_dim: int
     needs_grad: bool = False
+    own_patches: bool = False  # of another side than half the window's
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+PATCHES = "its query patches have half the window's side"
+
+
 def _triton(problem: Problem) -> str | None:
     if problem.operation not in TRITON_OPERATIONS:
         return f"it runs {', '.join(TRITON_OPERATIONS)}"
@@ -69,6 +73,8 @@ def _triton(problem: Problem) -> str | None:
         return "Triton's interpreter has no bfloat16 products"
     if problem.head_dim not in HEAD_DIMS:
         return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
+    if problem.own_patches:
+        return PATCHES
     if problem.needs_grad and problem.operation != "local_attention":
         return "it has no backward pass"
     return None
@@ -91,6 +97,8 @@ def _gluon(problem: Problem) -> str | None:
 def _flex(problem: Problem) -> str | None:
     if not problem.operation.endswith("attention"):
         return "it runs neighborhood_patch_attention, local_attention"
+    if problem.own_patches:
+        return PATCHES
     if problem.device.type == "cuda" and problem.dtype not in (*DTYPES, torch.float32):
         return f"it needs float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
     if problem.device.type == "cuda" and problem.head_dim < 16:

@@ -13,6 +13,7 @@ def neighborhood_patch_attention(
     text: int = 0,
     text_rows: str = "patch",
     shifted: bool = False,
+    patch: Grid | None = None,
 ) -> tuple[int, int]:
     """(image rows, text rows). An axis whose window covers it counts as one patch: its patches are the same."""
     pair = 4 * batch * heads * head_dim
@@ -22,7 +23,8 @@ def neighborhood_patch_attention(
         return pair * image, pair * text * (grid[0] * grid[1] + text)
     offset = 0 if shifted else None
     rows, cols = (
-        1 if side == length else len(patches(length, side, offset)) for length, side in zip(grid, window, strict=True)
+        1 if side == length else len(patches(length, side, offset, own))
+        for length, side, own in zip(grid, window, patch or (None, None), strict=True)
     )
     return pair * image, pair * rows * cols * text * keys
 

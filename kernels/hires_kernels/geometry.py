@@ -20,15 +20,16 @@ class Patch(NamedTuple):
     window: int
 
 
-def patches(length: int, window: int, offset: int | None = None) -> list[Patch]:
+def patches(length: int, window: int, offset: int | None = None, side: int | None = None) -> list[Patch]:
     """Query patches of side window // 2 along an axis, in order; the last is shorter where the side doesn't divide.
 
     The window of a patch begins window // 4 before it and is moved inwards at the border, so that every query
-    sees exactly `window` keys. `offset` in 0 … window // 2 moves the patches back by as much (random shifting):
-    the axis is padded by one patch in total, `offset` tokens of it in front. A patch may then hold padding only
-    (start == stop); it has a window all the same.
+    sees exactly `window` keys. Patches of another `side` lie in the middle of their windows. `offset` in 0 … side moves
+    the patches back by as much (random shifting): the axis is padded by one patch in total, `offset` tokens of it in
+    front. A patch may then hold padding only (start == stop); it has a window all the same.
     """
-    side, margin = window // 2, window // 4
+    margin = window // 4 if side is None else (window - side) // 2
+    side = side or window // 2
     first, padded = (0, length) if offset is None else (-offset, length + side)
     starts = range(first, first + padded, side)
     return [

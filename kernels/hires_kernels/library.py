@@ -26,8 +26,8 @@ from hires_kernels.backends import Problem, choose
 from hires_kernels.errors import KernelError
 
 
-def _problem(operation: str, query: Tensor, needs_grad: bool) -> Problem:
-    return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad)
+def _problem(operation: str, query: Tensor, needs_grad: bool, own_patches: bool = False) -> Problem:
+    return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad, own_patches)
 
 
 def _chosen(backend: str, problem: Problem) -> ModuleType:
@@ -111,10 +111,11 @@ def neighborhood_patch_attention(
     scale: float,
     backend: str,
     needs_grad: bool,
+    patch: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     if shift is not None:
-        _check_shift(shift, window)
-    module = _chosen(backend, _problem("neighborhood_patch_attention", query, needs_grad))
+        _check_shift(shift, patch or [side // 2 for side in window])
+    module = _chosen(backend, _problem("neighborhood_patch_attention", query, needs_grad, bool(patch)))
     with _without_autocast(query):
         image, text_output = module.neighborhood_patch_attention(
             query,
@@ -127,15 +128,21 @@ def neighborhood_patch_attention(
             shift=shift,
             text_rows=text_rows,
             scale=scale,
+            **_patch(patch),
         )
     return _filled(image, query), _filled(text_output, query)
 
 
-def _check_shift(shift: Tensor, window: Sequence[int]) -> None:
+def _check_shift(shift: Tensor, patch: Sequence[int]) -> None:
     """Here and not in the public function: a compiler can't follow a decision that depends on values."""
-    most = shift.new_tensor([side // 2 for side in window])
+    most = shift.new_tensor(patch)
     if ((shift < 0) | (shift > most)).any():
         raise KernelError(f"shift {shift.tolist()}: allowed: 0 … {most.tolist()} per (row, column)")
+
+
+def _patch(sides: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The option of those backends that run patches of another side than half the window's."""
+    return {"patch": tuple(sides)} if sides else {}
 
 
 @neighborhood_patch_attention.register_fake
@@ -159,6 +166,7 @@ def neighborhood_patch_attention_backward(
     scale: float,
     backend: str,
     needs_grad: bool,
+    patch: Sequence[int],
 ) -> list[Tensor]:
     def forward(query: Tensor, key: Tensor, value: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
         image, text_output = _differentiable(backend).neighborhood_patch_attention(
@@ -172,6 +180,7 @@ def neighborhood_patch_attention_backward(
             shift=shift,
             text_rows=text_rows,
             scale=scale,
+            **_patch(patch),
         )
         return (image, text_output) if text else (image,)
 
@@ -186,7 +195,9 @@ def _(grads, outputs, query, key, value, text, *_):
 _register_autograd(neighborhood_patch_attention, neighborhood_patch_attention_backward, leading=4)
 
 
-def _neighborhood_patch_attention_flops(query, key, value, text, rope, shift, grid, window, text_rows, *_, **__) -> int:
+def _neighborhood_patch_attention_flops(
+    query, key, value, text, rope, shift, grid, window, text_rows, scale, backend, needs_grad, patch, *_, **__
+) -> int:
     batch, _, heads, head_dim = query
     image, text_part = flops.neighborhood_patch_attention(
         tuple(grid),
@@ -197,6 +208,7 @@ def _neighborhood_patch_attention_flops(query, key, value, text, rope, shift, gr
         text=text[0][1] if text else 0,
         text_rows=text_rows,
         shifted=shift is not None,
+        patch=tuple(patch) or None,
     )
     return image + text_part
 

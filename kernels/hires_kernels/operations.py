@@ -21,6 +21,7 @@ def neighborhood_patch_attention(
     window: int | Grid,
     text: Triple | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
+    patch: int | Grid | None = None,
     shift: Tensor | None = None,
     text_rows: str = "patch",
     scale: float | None = None,
@@ -40,7 +41,9 @@ def neighborhood_patch_attention(
         text: (query, key, value) of the text, each (batch, text tokens, heads, head_dim), not rotated.
         rope: (cos, sin) of the image tokens, each (height · width, head_dim), in FLUX's layout. Text queries and
             keys of a patch are rotated to the top-left token of the patch's window. None: text is not rotated.
-        shift: integer tensor (batch, 2), (row, column) offsets in 0 … window // 2, best kept on the CPU. The grid
+        patch: side of the query patches, or (rows, columns), 1 … window; half the window by default. Patches of another
+            side lie in the middle of their windows, and only "sdpa" and "reference" run them.
+        shift: integer tensor (batch, 2), (row, column) offsets in 0 … patch, best kept on the CPU. The grid
             of patches moves back by the offset and gains one patch an axis (appendix B.1). Padding has no key and
             no output, but each patch counts in the mean of the text rows, one that holds only padding as well:
             shift zero and no shift give the same image rows and different text rows.
@@ -57,6 +60,10 @@ def neighborhood_patch_attention(
     _check_text(query, text)
     if min(rows, cols) < 2:
         raise KernelError(f"window {rows}x{cols}: a side must be at least 2 tokens")
+    halves = (rows // 2, cols // 2)
+    sides = (patch, patch) if isinstance(patch, int) else patch or halves
+    if any(not 1 <= side <= whole for side, whole in zip(sides, (rows, cols))):
+        raise KernelError(f"patch {sides[0]}x{sides[1]}: sides must be 1 … the window's, {rows}x{cols}")
     if rows > grid[0] or cols > grid[1]:
         raise KernelError(f"window {rows}x{cols} is larger than the grid {grid[0]}x{grid[1]}: allowed: up to the grid")
     _check_name("text_rows", text_rows, ("patch", "global"))
@@ -79,6 +86,7 @@ def neighborhood_patch_attention(
         query.shape[-1] ** -0.5 if scale is None else scale,
         backend,
         _needs_grad(query, key, value, *texts),
+        () if sides == halves else sides,
     )
     return image, None if text is None else text_output
 

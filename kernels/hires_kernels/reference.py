@@ -32,6 +32,7 @@ def neighborhood_patch_attention(
     shift: Tensor | None,
     text_rows: str,
     scale: float,
+    patch: Grid | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     images, texts = [], []
     for sample in range(len(query)):
@@ -44,13 +45,14 @@ def neighborhood_patch_attention(
             offsets=(None, None) if shift is None else (int(shift[sample, 0]), int(shift[sample, 1])),
             text_rows=text_rows,
             scale=scale,
+            sides=patch or (None, None),
         )
         images.append(image.flatten(0, 1))
         texts.append(text_mean)
     return torch.stack(images), None if text is None else torch.stack(texts)
 
 
-def _npa_sample(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale):
+def _npa_sample(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale, sides):
     """One sample: image tensors (height, width, heads, head_dim), text tensors (text tokens, heads, head_dim)."""
     if text is None:
         text = tuple(x.new_empty(0, *x.shape[2:]) for x in (query, key, value))
@@ -63,9 +65,9 @@ def _npa_sample(query, key, value, *, grid, window, text, rope, offsets, text_ro
         return rotate(x, rope[0][row * grid[1] + col], rope[1][row * grid[1] + col])
 
     rows, text_outputs = [], []
-    for top, bottom, window_row in patches(grid[0], window[0], offsets[0]):
+    for top, bottom, window_row in patches(grid[0], window[0], offsets[0], sides[0]):
         cols = []
-        for left, right, window_col in patches(grid[1], window[1], offsets[1]):
+        for left, right, window_col in patches(grid[1], window[1], offsets[1], sides[1]):
             seen = slice(window_row, window_row + window[0]), slice(window_col, window_col + window[1])
             keys = torch.cat([rotated(text_key, window_row, window_col), key[seen].flatten(0, 1)])
             values = torch.cat([text_value, value[seen].flatten(0, 1)])

@@ -49,8 +49,16 @@ def neighborhood_patch_attention(
     shift: Tensor | None,
     text_rows: str,
     scale: float,
+    patch: Grid | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    options = {"grid": grid, "window": window, "rope": rope, "text_rows": text_rows, "scale": scale}
+    options = {
+        "grid": grid,
+        "window": window,
+        "rope": rope,
+        "text_rows": text_rows,
+        "scale": scale,
+        "patch": patch or (None, None),
+    }
     if shift is None:
         return _npa(query, key, value, text=text, offsets=(None, None), **options)
     outputs = [
@@ -74,18 +82,18 @@ class _NpaAxis(NamedTuple):
     first: int
 
 
-def _npa_axis(length: int, window: int, offset: int | None) -> _NpaAxis:
+def _npa_axis(length: int, window: int, offset: int | None, side: int | None) -> _NpaAxis:
     if window == length:  # every patch has this window: one patch does
         return _NpaAxis(torch.arange(length)[None], torch.zeros(1, dtype=torch.long), first=0)
-    side = window // 2
-    windows = torch.tensor([patch.window for patch in patches(length, window, offset)])
+    windows = torch.tensor([patch.window for patch in patches(length, window, offset, side)])
+    side = side or window // 2
     offset = offset or 0
     queries = (torch.arange(len(windows) * side) - offset).clamp(0, length - 1).view(-1, side)
     return _NpaAxis(queries, windows, first=offset)
 
 
-def _npa(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale):
-    rows, cols = (_npa_axis(*axis) for axis in zip(grid, window, offsets))
+def _npa(query, key, value, *, grid, window, text, rope, offsets, text_rows, scale, patch):
+    rows, cols = (_npa_axis(*axis) for axis in zip(grid, window, offsets, patch))
     batch, device, tiles = len(query), query.device, (len(rows.windows), len(cols.windows))
     row, col = (x.flatten() for x in torch.meshgrid(*map(torch.arange, tiles), indexing="ij"))
     seen = [axis.windows[:, None] + torch.arange(side) for axis, side in zip((rows, cols), window)]

@@ -20,7 +20,8 @@ from torch import Generator, Tensor
 
 from hires.adapters import SCALE_DIT, adapter_switched
 from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
-from hires.backbones.base import Backbone, Conditioning
+from hires.attention.layers import scaled
+from hires.backbones.base import Backbone, Conditioning, draw
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.methods.frequency import low_pass, resize
@@ -134,7 +135,12 @@ def _predictor(
 def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
     """Options of the variant's attention kind."""
     if variant.attention == "npa":
-        return {"text_rows": sampling.text_rows, "backend": sampling.attention_backend}
+        return {
+            "text_rows": sampling.text_rows,
+            "backend": sampling.attention_backend,
+            "window_scale": sampling.window_scale,
+            "window_overlap": sampling.window_overlap,
+        }
     if variant.attention == "scale_dit":
         return {**sampling.local_attention(), "neighbours": sampling.lr_neighbours}
     return {}
@@ -181,7 +187,8 @@ def _denoise(
     predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size)
     options = _attention_options(variant, sampling)
     if variant.attention == "npa" and sampling.random_shift:  # drawn before the loop, a table of steps and layers
-        options["shifts"] = draw_shifts(generators, steps, attention_layers(backbone.model, size, base_size))
+        layers = scaled(attention_layers(backbone.model, size, base_size), sampling.window_scale)
+        options["shifts"] = draw_shifts(generators, steps, layers, sampling.window_overlap)
     if low is not None:
         options["guidance"] = low
     kind: Gamma = sampling.gamma or "normalised"
@@ -221,7 +228,7 @@ def _from_noise(
 ) -> Tensor:
     """Clean latents of `size` from pure noise over the whole schedule; sizes in latent pixels."""
     schedule = backbone.schedule(sampling, base_size)
-    noise = backbone.noise(generators, size) * schedule.init_noise_sigma
+    noise = draw(generators, (backbone.latent_channels, *size), backbone.device) * schedule.init_noise_sigma
     return _denoise(
         backbone, noise, schedule, conditioning, sampling, variant, generators, name, base_size, callback=callback
     )
@@ -438,7 +445,7 @@ def cascade(
             reference, low = _stage_inputs(backbone, latents, image, size, conditioning, sampling, variant, generators)
             first = backbone.first_step(stage_sampling)
             schedule = backbone.schedule(sampling, base_size, first)
-            noisy = schedule.add_noise(reference, backbone.noise(generators, backbone.latent_size(*size)))
+            noisy = schedule.add_noise(reference, draw(generators, reference.shape[1:], backbone.device))
             latents = _denoise(
                 backbone,
                 noisy,

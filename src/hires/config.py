@@ -35,7 +35,7 @@ Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 
 Score = Literal[
     "fid", "kid", "is", "clip", "fid_patch", "kid_patch", "is_patch",
-    "count", "colours", "repetition", "spectrum", "seconds", "peak_bytes",
+    "count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams", "seconds", "peak_bytes",
 ]  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class ScenePool(Section):
     pool: int = Field(2000, ge=1, description="number of held-out scenes to draw from")
     width: int = Field(512, ge=1, description="WIDTH that the source states, pixels")
     height: int = Field(512, ge=1, description="HEIGHT that the source states, pixels")
+    close_ups: bool = Field(False, description="captions and true images of one object of each scene, zoom 2 to 4")
 
 
 class Prompts(Section):

@@ -31,12 +31,10 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_inference_steps: int | None = Field(None, ge=1, description="steps of the whole schedule")
-    guidance_scale: float | None = Field(
-        None, ge=0, description="CFG weight (SDXL, FLUX.2 base) or distilled guidance (FLUX.1)"
-    )
-    negative_prompt: str = Field("", description="unconditional prompt of SDXL and FLUX.2 base")
+    guidance_scale: float | None = Field(None, ge=0, description="CFG weight (SDXL) or distilled guidance (FLUX)")
+    negative_prompt: str = Field("", description="SDXL's unconditional prompt")
     prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
-    max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 or language model")
+    max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 encoder")
     tau: float | None = Field(
         None, gt=0, le=1000, description="step index in thousandths of the schedule at which a stage starts"
     )
@@ -51,6 +49,8 @@ class Sampling(BaseModel):
     )
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
     text_rows: Literal["patch", "global"] = Field("patch", description="how text queries see the image under NPA")
+    window_scale: float = Field(1.0, gt=0, description="NPA: side of the windows over that of the base's token grid")
+    window_overlap: float = Field(0.5, ge=0, lt=1, description="NPA: share that neighbouring windows overlap")
     random_shift: bool = Field(False, description="NPA query window random shifting (ScaleDiff, appendix B.1)")
     local_radius: int | None = Field(None, ge=1, description="Scale-DiT: tokens that a token sees to each side")
     local_window: int | None = Field(None, ge=1, description="Scale-DiT: side of fixed windows, in place of the radius")

@@ -88,3 +88,13 @@ def parse_size(text: str) -> Size:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise HiresError(f"size {text!r}: give HEIGHTxWIDTH in pixels, for example 512x768, or one side of a square")
     return int(sides[0]), int(sides[-1])
+
+
+def scaled_window(base: int, grid: int, scale: float) -> int:
+    """Side in tokens of an NPA window, along an axis of `grid` tokens whose base has `base`; at most the grid's."""
+    return base if scale == 1 else min(grid, round(base * scale))
+
+
+def patch_side(window: int, overlap: float) -> int:
+    """Side in tokens of NPA's query patches, so the stride of its windows, which overlap by this share of theirs."""
+    return window // 2 if overlap == 0.5 else max(1, round(window * (1 - overlap)))

@@ -26,7 +26,7 @@ CONTRASTS = (
     ("hybrid", "scalediff"),
 )
 QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "seconds")  # what papers print
-CONTENT = ("count", "colours", "repetition", "spectrum", "spectrum_low", "spectrum_mid", "spectrum_high")
+CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams")
 FLAG = "†"
 _COSTS = ("seconds", "peak_bytes")
 
@@ -63,6 +63,9 @@ METRICS = {
     "colours": Metric("colours right", "higher", "share"),
     "repetition": Metric("repeated objects", "lower", "per image"),
     "spectrum": Metric("spectral distance", "lower", "log₁₀ power"),
+    "high_band": Metric("½–1 Nyquist − true image", "", "decades"),
+    "low_band": Metric("layout − true image", "lower", "grey levels"),
+    "seams": Metric("seams", "lower", "log₁₀"),
     "spectrum_low": Metric("power, ⅛–¼ Nyquist", "", "log₁₀"),
     "spectrum_mid": Metric("power, ¼–½ Nyquist", "", "log₁₀"),
     "spectrum_high": Metric("power, ½–1 Nyquist", "", "log₁₀"),

@@ -40,14 +40,15 @@ def use_attention(
     another context the new kind replaces the outer one for a while.
 
     Args:
-        model: FluxTransformer2DModel, Flux2Transformer2DModel or UNet2DConditionModel.
+        model: FluxTransformer2DModel or UNet2DConditionModel.
         kind: "dense" (the model's own attention), "npa" (Neighborhood Patch Attention, arXiv 2510.25818; a layer whose
-            window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX.1 only).
+            window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX only).
         size: (height, width) of the latents that the model will see, in latent pixels.
         base_size: (height, width) in latent pixels whose grid is the window of each layer.
         options: of "npa": text_rows ("patch" | "global"), backend ("auto" or a backend of hires_kernels), shifts
-            (a table from `draw_shifts`, or None). Of "scale_dit": radius or window (tokens), neighbours ("row" |
-            "all"), order, guidance (from `low_resolution_pass`, or None), collect, backend.
+            (a table from `draw_shifts`, or None), window_scale and window_overlap (see `hires.settings`). Of
+            "scale_dit": radius or window (tokens), neighbours ("row" | "all"), order, guidance (from
+            `low_resolution_pass`, or None), collect, backend.
 
     Yields:
         AttentionHandle: `.layers` in call order; set `.step` in the sampling loop where shifts are given.

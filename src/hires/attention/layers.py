@@ -1,7 +1,7 @@
 """The self-attention layers of a model in call order, and the token grid of each at any latent size."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from hires.errors import HiresError
+from hires.sizes import scaled_window
 
 Grid = tuple[int, int]
 
@@ -25,6 +26,16 @@ class Layer:
     def dense(self) -> bool:
         """Whether a window covers the grid, so that windowed and dense attention are the same."""
         return self.window[0] >= self.grid[0] and self.window[1] >= self.grid[1]
+
+
+def scaled(layers: Sequence[Layer], scale: float) -> list[Layer]:
+    """The layers with windows of `scale` times the side (`hires.sizes.scaled_window`)."""
+
+    def window(layer: Layer) -> Grid:
+        rows, columns = (scaled_window(*axis, scale) for axis in zip(layer.window, layer.grid))
+        return rows, columns
+
+    return [replace(layer, window=window(layer)) for layer in layers]
 
 
 class AttentionHandle:
@@ -56,33 +67,22 @@ def attention_layers(model: nn.Module, size: Grid, base_size: Grid) -> list[Laye
     for side in (*size, *base_size):
         if side < 1:
             raise HiresError(f"size {size} and base_size {base_size}: sides are latent pixels, at least 1")
-    for known, layers in LAYERS.items():
-        if isinstance(model, known):
-            return layers(model, size, base_size)
-    raise HiresError(f"{type(model).__name__}: allowed: {', '.join(known.__name__ for known in LAYERS)}")
+    if isinstance(model, FluxTransformer2DModel):
+        if any(side % 2 for side in (*size, *base_size)):
+            raise HiresError(f"size {size} and base_size {base_size}: FLUX packs 2x2 latent pixels: sides must be even")
+        return [
+            Layer(name, (size[0] // 2, size[1] // 2), (base_size[0] // 2, base_size[1] // 2))
+            for name in _flux_names(model)
+        ]
+    if isinstance(model, UNet2DConditionModel):
+        return [Layer(name, _level(size, level), _level(base_size, level)) for name, level in _unet_names(model)]
+    raise HiresError(f"{type(model).__name__}: allowed: FluxTransformer2DModel, UNet2DConditionModel")
 
 
-def flux_layers(model: Any, size: Grid, base_size: Grid) -> list[Layer]:
-    """All double blocks, then all single blocks, of a transformer with FLUX's names and 2 x 2 packing."""
-    if any(side % 2 for side in (*size, *base_size)):
-        raise HiresError(f"size {size} and base_size {base_size}: FLUX packs 2x2 latent pixels: sides must be even")
-    return [
-        Layer(f"{blocks}.{index}.attn", (size[0] // 2, size[1] // 2), (base_size[0] // 2, base_size[1] // 2))
-        for blocks in ("transformer_blocks", "single_transformer_blocks")
-        for index in range(len(getattr(model, blocks)))
-    ]
-
-
-def unet_layers(model: Any, size: Grid, base_size: Grid) -> list[Layer]:
-    """The self-attention of a U-Net's transformer blocks."""
-    return [Layer(name, _level(size, level), _level(base_size, level)) for name, level in _unet_names(model)]
-
-
-# A model class and what finds its layers; other modules of this package add theirs.
-LAYERS: dict[type[nn.Module], Callable[[Any, Grid, Grid], list[Layer]]] = {
-    FluxTransformer2DModel: flux_layers,
-    UNet2DConditionModel: unet_layers,
-}
+def _flux_names(model: FluxTransformer2DModel) -> Iterator[str]:
+    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+        for index in range(len(getattr(model, blocks))):
+            yield f"{blocks}.{index}.attn"
 
 
 def _unet_names(model: Any) -> Iterator[tuple[str, int]]:

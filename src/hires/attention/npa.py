@@ -1,6 +1,6 @@
 """Neighborhood Patch Attention (ScaleDiff, arXiv 2510.25818, section 3.1) as diffusers attention processors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import hires_kernels
@@ -14,10 +14,11 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from hires.attention.flux import Joint, check_call, joint_projections
-from hires.attention.layers import AttentionHandle, Layer
+from hires.attention.flux import check_call, joint_projections
+from hires.attention.layers import AttentionHandle, Layer, scaled
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
+from hires.sizes import patch_side
 
 UNET_PROCESSORS = (
     attention_processor.AttnProcessor,
@@ -29,13 +30,16 @@ UNET_PROCESSORS = (
 TEXT_ROWS = ("patch", "global")
 
 
-def draw_shifts(generators: Sequence[torch.Generator], steps: int, layers: Sequence[Layer]) -> Tensor:
+def draw_shifts(
+    generators: Sequence[torch.Generator], steps: int, layers: Sequence[Layer], overlap: float = 0.5
+) -> Tensor:
     """Query window random shifts (arXiv 2510.25818, appendix B.1): integer tensor (steps, layers, batch, 2).
 
     Every image draws its own column from its own CPU generator in one go: a (row, column) offset in
-    0 … window // 2 for each step and layer. `layers` are those of `attention_layers`, dense ones included.
+    0 … side of a query patch for each step and layer. `layers`: those of `attention_layers`, dense ones included, with
+    windows as they are used (`hires.attention.layers.scaled`).
     """
-    choices = torch.tensor([[side // 2 + 1 for side in layer.window] for layer in layers])
+    choices = torch.tensor([[patch_side(side, overlap) + 1 for side in layer.window] for layer in layers])
     uniform = [torch.rand(steps, len(layers), 2, generator=generator, dtype=torch.float64) for generator in generators]
     return (torch.stack(uniform, dim=2) * choices[:, None]).long()
 
@@ -47,8 +51,11 @@ def processors(
     text_rows: str = "patch",
     backend: str = "auto",
     shifts: Tensor | None = None,
+    window_scale: float = 1.0,
+    window_overlap: float = 0.5,
 ) -> dict[str, Any]:
     """One processor per layer; a layer whose window covers its grid keeps the stock one."""
+    layers = scaled(handle.layers, window_scale)
     if text_rows not in TEXT_ROWS:
         raise unknown("text_rows", text_rows, TEXT_ROWS)
     if backend not in (backends := ("auto", *hires_kernels.BACKENDS)):
@@ -57,19 +64,24 @@ def processors(
         allowed = f"(steps, {len(handle.layers)}, batch, 2), as draw_shifts gives it for these layers"
         raise HiresError(f"shifts of shape {tuple(shifts.shape)}: must be {allowed}")
     chosen = {}
-    for index, layer in enumerate(handle.layers):
+    for index, layer in enumerate(layers):
         former = stock_processors[layer.name]
         if layer.dense:
             chosen[layer.name] = former
             continue
-        operation = NpaLayer(layer, handle, None if shifts is None else shifts[:, index], text_rows, backend)
-        stand_in = next((ours for known, ours in STAND_INS.items() if isinstance(former, known)), None)
-        if stand_in is None:
+        drawn = None if shifts is None else shifts[:, index]
+        operation = NpaLayer(layer, handle, drawn, text_rows, backend, window_overlap)
+        if isinstance(former, FluxIPAdapterAttnProcessor):
+            chosen[layer.name] = FluxIPAdapterNpaProcessor(former, operation)
+        elif isinstance(former, FluxAttnProcessor):
+            chosen[layer.name] = FluxNpaProcessor(former, operation)
+        elif isinstance(former, UNET_PROCESSORS):
+            chosen[layer.name] = UNetNpaProcessor(former, operation)
+        else:
             raise HiresError(
                 f"{layer.name} has a {type(former).__name__}: npa can only stand in for the stock processors of FLUX "
                 "and U-Nets and for FLUX's IP-Adapter"
             )
-        chosen[layer.name] = stand_in(former, operation)
     return chosen
 
 
@@ -77,7 +89,13 @@ class NpaLayer:
     """The operation of one layer with its geometry and options."""
 
     def __init__(
-        self, layer: Layer, handle: AttentionHandle, shifts: Tensor | None, text_rows: str, backend: str
+        self,
+        layer: Layer,
+        handle: AttentionHandle,
+        shifts: Tensor | None,
+        text_rows: str,
+        backend: str,
+        overlap: float = 0.5,
     ) -> None:
         if any(window > side for window, side in zip(layer.window, layer.grid)):
             raise HiresError(
@@ -91,6 +109,7 @@ class NpaLayer:
             )
         self.layer, self.handle, self.shifts = layer, handle, shifts
         self.text_rows, self.backend = text_rows, backend
+        self.patch = patch_side(layer.window[0], overlap), patch_side(layer.window[1], overlap)
         self.tokens = layer.grid[0] * layer.grid[1]
 
     def check(self, tokens: int, attention_mask: Tensor | None) -> None:
@@ -123,6 +142,7 @@ class NpaLayer:
                 value,
                 grid=self.layer.grid,
                 window=self.layer.window,
+                patch=self.patch,
                 text=text,
                 rope=rope,
                 shift=self.shift(len(query)),
@@ -174,14 +194,16 @@ class FluxNpaProcessor(WindowedProcessor):
         output, _ = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return output
 
-    def project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Joint:
-        """What attends: FLUX.1's text has position 0, which rotates by nothing."""
-        tokens, backend = self.operation.tokens, self.operation.backend
-        return joint_projections(attn, hidden_states, encoder_hidden_states, image_rotary_emb, tokens, backend)
-
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
         """What the processor returns, and the image query as projected."""
-        joint = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        joint = joint_projections(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            image_rotary_emb,
+            self.operation.tokens,
+            self.operation.backend,
+        )
         self.operation.check(joint.query.shape[1], attention_mask)
         rows = self.operation(joint.query, joint.key, joint.value, text=joint.text, rope=joint.rope)
         image, text_rows = (x.flatten(2) for x in rows)
@@ -218,11 +240,3 @@ class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
             seen = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
             term = term + scale * seen.flatten(2)
         return *output, term
-
-
-# A stock processor and what stands in for it; other modules of this package add theirs.
-STAND_INS: dict[type, Callable[[Any, NpaLayer], Any]] = {
-    FluxIPAdapterAttnProcessor: FluxIPAdapterNpaProcessor,
-    FluxAttnProcessor: FluxNpaProcessor,
-    **dict.fromkeys(UNET_PROCESSORS, UNetNpaProcessor),
-}

@@ -15,8 +15,11 @@ from hires.metrics.features import Crops, Features, extract
 from hires.metrics.networks import Clip, ClipFeatures, FeatureNetwork, Inception, load_clip, load_features
 from hires.metrics.pixels import Source
 from hires.metrics.scores import ROW, frame, paired, per_image, score
+from hires.metrics.seams import Borders, patch_borders
+from hires.scenes import WHOLE
 
 __all__ = [
+    "Borders",
     "Clip",
     "ClipFeatures",
     "Crops",
@@ -29,6 +32,7 @@ __all__ = [
     "load_clip",
     "load_features",
     "paired",
+    "patch_borders",
     "per_image",
     "score",
 ]
@@ -39,6 +43,7 @@ def evaluate(
     references: Sequence[Image.Image],
     prompts: Sequence[str],
     scenes: Sequence[int] | None = None,
+    borders: Borders | None = None,
     device: str = "cpu",
     threads: int = 1,
     **settings: Any,
@@ -48,6 +53,7 @@ def evaluate(
     Args:
         images, references, prompts: n each; image i and reference i belong to prompt i.
         scenes: n scene ids where the references are true renders; adds counts, colours, repetition and spectrum.
+        borders: of attention patches, from `patch_borders`; adds the seam score.
         settings: fields of the configuration's `metrics` section (features, clip, scores, patch, bootstrap, …). Here
             kid_subset_size defaults to n.
 
@@ -66,10 +72,12 @@ def evaluate(
 
     def features(given: Sequence[Image.Image]) -> Features:
         sources = [Source(name, 0, image) for name, image in zip(ids, given)]
-        return extract(sources, prompts, network, clip, crops_of(metrics), scenes, threads)
+        views = None if scenes is None else [(scene_id, WHOLE) for scene_id in scenes]
+        return extract(sources, prompts, network, clip, crops_of(metrics), views, threads)
 
     found, true = features(images), features(references)
-    return frame(score(found, true, metrics, per_image(found, metrics.scores)))[ROW]
+    table = per_image(found, metrics.scores, references=true, borders=borders)
+    return frame(score(found, true, metrics, table))[ROW]
 
 
 def crops_of(metrics: Metrics) -> Crops | None:

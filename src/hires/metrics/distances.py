@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 KID_DEGREE, KID_COEFFICIENT = 3, 1.0
+ROWS = 1024  # samples whose products are held at a time
+MOMENTS = 2**25  # numbers of all second moments that are kept
 
 
 def _root(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,19 +42,51 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() @ y.double().T / x.shape[1] + KID_COEFFICIENT) ** KID_DEGREE
 
 
+def fid_replicates(x: Tensor, y: Tensor, x_prompts: Tensor, y_prompts: Tensor, draws: Tensor) -> Tensor:
+    """FID of resampled prompts, (replicates,); arguments as in `kid_replicates`.
+
+    Where they fit into memory, second moments are summed once per prompt, so that the covariances of all replicates
+    are one product of matrices; the trace is then Σ √λ(R Σ₁ Rᵀ) with Σ₂ = RᵀR.
+    """
+    draws = draws.double()
+    if draws.shape[1] * x.shape[1] ** 2 > MOMENTS:
+        return torch.tensor([fid(x, y, w[x_prompts], w[y_prompts]) for w in draws], dtype=torch.float64)
+    centre = y.double().mean(0)  # moments about it, as small differences of large sums lose digits
+    (mean_x, cov_x), (mean_y, cov_y) = (
+        _moments(samples.double() - centre, prompts, draws) for samples, prompts in ((x, x_prompts), (y, y_prompts))
+    )
+    values, vectors = torch.linalg.eigh(cov_y)
+    root = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT
+    trace = torch.linalg.eigvalsh(root @ cov_x @ root.mT).clamp(min=0).sqrt().sum(1)
+    totals = cov_x.diagonal(dim1=1, dim2=2).sum(1) + cov_y.diagonal(dim1=1, dim2=2).sum(1)
+    return (mean_x - mean_y).square().sum(1) + totals - 2 * trace
+
+
+def _moments(x: Tensor, prompts: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (replicates, d) and covariances (replicates, d, d), n − 1 below, of samples x (n, d)."""
+    size, d = draws.shape[1], x.shape[1]
+    first = torch.zeros(size, d, dtype=x.dtype).index_add_(0, prompts, x)
+    second = torch.zeros(size, d, d, dtype=x.dtype)
+    for rows in torch.arange(len(x)).split(ROWS):
+        second.index_add_(0, prompts[rows], x[rows, :, None] * x[rows, None, :])
+    count = (draws @ torch.bincount(prompts, minlength=size).to(x.dtype))[:, None]
+    mean = draws @ first / count
+    products = (draws @ second.flatten(1)).unflatten(1, (d, d))
+    return mean, (products - count[..., None] * mean[:, :, None] * mean[:, None, :]) / (count[..., None] - 1)
+
+
 def kid(x: Tensor, y: Tensor, subset_size: int, subsets: int, generator: torch.Generator) -> tuple[float, float]:
     """Kernel distance of fakes x (n, d) to reals y (m, d): mean and spread over random subsets (Bińkowski et al. 2018).
 
     Each block is the unbiased estimator of MMD² on `subset_size` ≤ min(n, m) samples a side. Draws come from
     `generator`, in torchmetrics' order; the spread is the population one, as there.
     """
-    k_xx, k_xy, k_yy = kernel(x, x), kernel(x, y), kernel(y, y)
     blocks = []
     for _ in range(subsets):
-        j = torch.randperm(len(y), generator=generator)[:subset_size].to(x.device)
-        i = torch.randperm(len(x), generator=generator)[:subset_size].to(x.device)
-        within = k_xx[i][:, i].sum() - k_xx[i, i].sum() + k_yy[j][:, j].sum() - k_yy[j, j].sum()
-        across = k_xy[i][:, j].sum()
+        reals = y[torch.randperm(len(y), generator=generator)[:subset_size].to(x.device)]
+        fakes = x[torch.randperm(len(x), generator=generator)[:subset_size].to(x.device)]
+        within = sum(k.sum() - k.diagonal().sum() for k in (kernel(fakes, fakes), kernel(reals, reals)))
+        across = kernel(fakes, reals).sum()
         blocks.append(within / (subset_size * (subset_size - 1)) - 2 * across / subset_size**2)
     values = torch.stack(blocks)
     return float(values.mean()), float(values.std(unbiased=False))
@@ -63,24 +97,30 @@ def kid_replicates(x: Tensor, y: Tensor, x_prompts: Tensor, y_prompts: Tensor, d
 
     `x_prompts` (n,), `y_prompts` (m,): the prompt of each sample, 0 … P − 1; `draws` (replicates, P): how often each
     prompt was drawn, on both sides. Two copies of one prompt are never compared with each other within a side: a
-    sample beside itself would pass for similarity.
+    sample beside itself would pass for similarity. The kernel is evaluated once, whatever the number of replicates.
     """
     draws = draws.double()
-
-    def groups(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        p = draws.shape[1]
-        total = torch.zeros(p, p, dtype=torch.float64, device=values.device)
-        by_row = torch.zeros(p, values.shape[1], dtype=torch.float64, device=values.device).index_add_(0, rows, values)
-        return total.index_add_(1, columns, by_row)
-
-    def within(samples: Tensor, prompts: Tensor) -> Tensor:
-        k = kernel(samples, samples).fill_diagonal_(0)
-        return _pairs(groups(k, prompts, prompts), draws) / _pairs(_pair_counts(prompts, draws.shape[1]), draws)
-
-    across = groups(kernel(x, y), x_prompts, y_prompts)
+    within = [
+        _pairs(_kernel_sums(z, z, prompts, prompts, draws.shape[1], own=False), draws)
+        / _pairs(_pair_counts(prompts, draws.shape[1]), draws)
+        for z, prompts in ((x, x_prompts), (y, y_prompts))
+    ]
+    across = _kernel_sums(x, y, x_prompts, y_prompts, draws.shape[1])
     counts = [torch.bincount(p, minlength=draws.shape[1]).double() for p in (x_prompts, y_prompts)]
     mean_across = ((draws @ across) * draws).sum(1) / ((draws @ counts[0]) * (draws @ counts[1]))
-    return within(x, x_prompts) + within(y, y_prompts) - 2 * mean_across
+    return within[0] + within[1] - 2 * mean_across
+
+
+def _kernel_sums(x: Tensor, y: Tensor, x_prompts: Tensor, y_prompts: Tensor, size: int, own: bool = True) -> Tensor:
+    """Σ of the kernel over the samples of each pair of prompts, (size, size); `own` = false: no sample with itself."""
+    total = torch.zeros(size, size, dtype=torch.float64, device=x.device)
+    for rows in torch.arange(len(x), device=x.device).split(ROWS):
+        values = kernel(x[rows], y)
+        if not own:
+            values[torch.arange(len(rows), device=x.device), rows] = 0
+        by_column = torch.zeros(len(rows), size, dtype=torch.float64, device=x.device)
+        total.index_add_(0, x_prompts[rows], by_column.index_add_(1, y_prompts, values))
+    return total
 
 
 def _pairs(sums: Tensor, draws: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor
 from hires.errors import HiresError
 from hires.metrics.networks import Clip, FeatureNetwork
 from hires.metrics.pixels import Pixels, Reader, Source
-from hires.scenes import COLOURS, scene
+from hires.scenes import COLOURS, Camera, in_view, scene
 from hires.storage import Damaged, read_bytes, write_bytes
 
-VERSION = 1
+VERSION = 2
 CHUNK = 8  # images that one thread reads and embeds at a time
 CROP_TENSORS = ("crop_features", "crop_logits")
 
@@ -38,7 +38,8 @@ class Features:
     """What was extracted from n images.
 
     tensors: features (n, d), logits (n, classes), clip_image and clip_text (n, e), float32; bands (n, 3), log₁₀ power,
-    float64; cut (n,), whether the prompt was cut; with crops crop_features (n·k, d), crop_logits (n·k, classes); for
+    float64; row_steps (n, H − 1), column_steps (n, W − 1), gradient energy across each line; low (n, 3, LOW, LOW), the
+    low band; cut (n,), whether the prompt was cut; with crops crop_features (n·k, d), crop_logits (n·k, classes); for
     scenes objects and true_objects (n, colours), how many of each colour.
     metadata: networks, views, crops; SHA-256 and crop boxes (top, left) of every file by <id>-<seed>.
     """
@@ -99,16 +100,16 @@ def extract(
     network: FeatureNetwork,
     clip: Clip,
     crops: Crops | None = None,
-    scenes: Sequence[int] | None = None,
+    scenes: Sequence[tuple[int, Camera]] | None = None,
     threads: int = 1,
 ) -> Features:
     """Read every image once and keep what the scores need.
 
     Args:
-        sources: n images, all of one size when there are crops.
+        sources: n images, all of one size.
         prompts: n prompts.
         crops: None leaves the patch scores out. HiresError unless their size is the network's input.
-        scenes: n scene ids where the prompts are scenes; the images are then parsed.
+        scenes: n scene ids with their cameras where the prompts are scenes; the images are then parsed.
         threads: that read images and run the networks. The result does not depend on it.
     """
     if crops and crops.size != network.crop:
@@ -117,10 +118,15 @@ def extract(
         )
     box = (crops.size, crops.per_image, crops.seed) if crops else None
     reader = Reader((network.view, clip.view), box, scenes is not None)
+    sizes: set[tuple[int, int]] = set()
 
     @torch.inference_mode()
     def embed(chunk: Sequence[Source]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         read = [reader(source) for source in chunk]
+        sizes.update(pixels.size for pixels in read)
+        if len(sizes) > 1:
+            listed = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+            raise HiresError(f"images of {listed}: all must be of one size (height x width)")
         return _embed(read, network, clip), [{"sha256": pixels.sha256, "boxes": pixels.boxes} for pixels in read]
 
     chunks = [sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK)]
@@ -138,7 +144,7 @@ def extract(
     if scenes is None:
         del tensors["objects"]
     else:
-        tensors["true_objects"] = torch.tensor([_objects(scene_id) for scene_id in scenes])
+        tensors["true_objects"] = torch.tensor([_objects(*view) for view in scenes])
     metadata = {
         "network": network.name,
         "view": str(network.view),
@@ -161,6 +167,9 @@ def _embed(read: Sequence[Pixels], network: FeatureNetwork, clip: Clip) -> dict[
         "logits": torch.cat([logits for _, logits in outputs]),
         "clip_image": clip.image(torch.stack(pairs)),
         "bands": torch.tensor([pixels.bands.tolist() for pixels in read], dtype=torch.float64),
+        "row_steps": torch.stack([pixels.steps[0] for pixels in read]),
+        "column_steps": torch.stack([pixels.steps[1] for pixels in read]),
+        "low": torch.stack([pixels.low for pixels in read]),
         "objects": torch.tensor([pixels.objects for pixels in read]),
     }
     crops = [pixels.crops for pixels in read if pixels.crops is not None]
@@ -169,6 +178,7 @@ def _embed(read: Sequence[Pixels], network: FeatureNetwork, clip: Clip) -> dict[
     return {name: value.cpu() for name, value in values.items()}
 
 
-def _objects(scene_id: int) -> list[int]:
-    true = [item.colour for item in scene(scene_id).objects]
+def _objects(scene_id: int, camera: Camera) -> list[int]:
+    """How many objects of each colour the camera sees, as captions count them."""
+    true = [item.colour for item, _ in in_view(scene(scene_id), camera)]
     return [true.count(name) for name in COLOURS]

@@ -1,4 +1,4 @@
-"""Everything the scores read off the pixels of one image: network inputs, crops, band powers, objects."""
+"""Everything the scores read off the pixels of one image: network inputs, crops, spectra, steps, objects."""
 
 import hashlib
 import io
@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from hires.errors import HiresError
 from hires.scenes import COLOURS, parse
 from hires.storage import Damaged
 
 BANDS = {"low": (1 / 8, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 1.0)}  # fractions of the Nyquist frequency
+LOW = 16  # parts a side of an image's low band
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,21 @@ def band_powers(pixels: Tensor) -> NDArray[np.float64]:
     return np.log10(np.array(sums) + 1 / 12)
 
 
+def line_steps(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient energy across every line between two rows, (H − 1,), and between two columns, (W − 1,).
+
+    Mean square of the step in grey level (mean of R, G, B; 0 … 255) across the line, plus 1/6, the variance of the
+    difference of two rounded levels. Element b − 1 belongs to the line in front of row, or column, b.
+    """
+    grey = pixels.float().mean(0)
+    return tuple(grey.diff(dim=dim).square().mean(1 - dim) + 1 / 6 for dim in (0, 1))  # type: ignore[return-value]
+
+
+def low_band(pixels: Tensor) -> Tensor:
+    """An image's coarse layout: means over LOW × LOW equal parts, (3, LOW, LOW), 0 … 255."""
+    return adaptive_avg_pool2d(pixels[None].float(), LOW)[0]
+
+
 @dataclass(frozen=True)
 class Source:
     """One image to read: a file or a picture in memory, and the id of its prompt."""
@@ -93,14 +109,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What was read: network inputs, crops (k, 3, s, s) uint8, log band powers (3,), objects of each colour (8,)."""
+    """What was read: network inputs, crops (k, 3, s, s) uint8, log band powers (3,), steps across the lines between
+    rows and between columns, the low band (3, LOW, LOW), objects of each colour (8,)."""
 
     sha256: str
     views: list[Tensor]
     boxes: list[tuple[int, int]]
     crops: Tensor | None
     bands: NDArray[np.float64]
+    steps: tuple[Tensor, Tensor]
+    low: Tensor
     objects: list[int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return len(self.steps[0]) + 1, len(self.steps[1]) + 1
 
 
 @dataclass(frozen=True)
@@ -120,8 +144,17 @@ class Reader:
             boxes = crop_boxes(source.id, height, width, size, per_image, seed)
             crops = torch.stack([pixels[:, top : top + size, left : left + size] for top, left in boxes])
         found = parse(pixels).colours if self.scenes else {}
-        views = [view(pixels) for view in self.views]
-        return Pixels(digest, views, boxes, crops, band_powers(pixels), [found.get(name, 0) for name in COLOURS])
+        made = {view: view(pixels) for view in self.views}  # both networks of tiny-clip take the same one
+        return Pixels(
+            digest,
+            [made[view] for view in self.views],
+            boxes,
+            crops,
+            band_powers(pixels),
+            line_steps(pixels),
+            low_band(pixels),
+            [found.get(name, 0) for name in COLOURS],
+        )
 
 
 def _decode(source: Source) -> tuple[Tensor, str]:

@@ -14,7 +14,8 @@ from hires.config import Metrics
 from hires.metrics import distances
 from hires.metrics.bootstrap import centred, draw_prompts, interval
 from hires.metrics.features import Features
-from hires.metrics.pixels import BANDS
+from hires.metrics.pixels import BANDS, LOW
+from hires.metrics.seams import Borders, seams
 from hires.results import BETWEEN, named
 
 FID_REPLICATES = 200  # at most: each takes singular values
@@ -28,6 +29,9 @@ PER_IMAGE = {
     "colours": ["colours"],
     "repetition": ["repetition"],
     "spectrum": [f"spectrum_{band}" for band in BANDS],
+    "high_band": ["high_band"],
+    "low_band": ["low_band"],
+    "seams": ["seams"],
     "seconds": ["seconds"],
     "peak_bytes": ["peak_bytes"],
 }
@@ -49,18 +53,30 @@ class Score:
         return {**self.__dict__, "low": low, "high": high, "replicates": self.replicates.tolist()}
 
 
-def per_image(images: Features, scores: Iterable[str], manifest: pd.DataFrame | None = None) -> pd.DataFrame:
+def per_image(
+    images: Features,
+    scores: Iterable[str],
+    manifest: pd.DataFrame | None = None,
+    references: Features | None = None,
+    borders: Borders | None = None,
+) -> pd.DataFrame:
     """Scores that single images have: columns id, seed, metric, value.
 
     clip: 100 · cos of image and prompt (Hessel et al. 2021), not cut at 0. count: 1 where as many objects are found as
     the scene has. colours: 1 where every colour of the scene is found. repetition: objects beyond the scene's.
-    spectrum_low, _mid, _high: log₁₀ band powers (`pixels.band_powers`). seconds, peak_bytes: from `manifest` (columns
-    id, seed, seconds, peak_bytes). Scores that need a scene, or a manifest, are left out where there is none.
+    spectrum_low, _mid, _high: log₁₀ band powers (`pixels.band_powers`). high_band: spectrum_high less that of the
+    prompt's own reference, in decades: below 0 too smooth, above 0 over-textured. low_band: root mean square
+    difference from that reference's coarse layout, in grey levels (`pixels.low_band`); a caption leaves the layout
+    free, so that only differences between variants tell something. seams: `seams.seams` on `borders`. seconds,
+    peak_bytes: from `manifest` (columns id, seed, seconds, peak_bytes). Scores that need a scene, a reference, borders
+    or a manifest are left out where there is none.
     """
     t, values = images.tensors, {}
     cosine = torch.nn.functional.cosine_similarity(t["clip_image"].double(), t["clip_text"].double())
     values["clip"] = 100 * cosine.numpy()
     values |= {f"spectrum_{band}": t["bands"][:, k].numpy() for k, band in enumerate(BANDS)}
+    if borders is not None and (across := seams(t["row_steps"], t["column_steps"], borders)) is not None:
+        values["seams"] = across
     if "objects" in t:
         found, true = t["objects"], t["true_objects"]
         extra = found.sum(1) - true.sum(1)
@@ -71,10 +87,24 @@ def per_image(images: Features, scores: Iterable[str], manifest: pd.DataFrame | 
         rows = manifest.set_index(["id", "seed"]).loc[list(zip(images.ids, images.seeds))]
         measured = rows[["seconds", "peak_bytes"]].astype(float).dropna(axis=1)
         values |= {name: measured[name].to_numpy() for name in measured}
+    scores = list(scores)
     wanted = [name for score in scores for name in PER_IMAGE.get(score, []) if name in values]
     place = {"id": images.ids, "seed": images.seeds}
     tables = [pd.DataFrame({**place, "metric": name, "value": values[name]}) for name in wanted]
+    if references is not None:
+        tables += _beside_references(images, references, [name for name in ("high_band", "low_band") if name in scores])
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "seed", "metric", "value"])
+
+
+def _beside_references(images: Features, references: Features, names: Sequence[str]) -> list[pd.DataFrame]:
+    """Per-image scores that compare with the reference of the same prompt; images without one are left aside."""
+    rows = {name: i for i, name in enumerate(references.ids)}
+    images = images.take([i for i, name in enumerate(images.ids) if name in rows])
+    true = references.take([rows[name] for name in images.ids])
+    high = images.tensors["bands"][:, -1] - true.tensors["bands"][:, -1]
+    low = (images.tensors["low"].double() - true.tensors["low"]).square().mean((1, 2, 3)).sqrt()
+    values, place = {"high_band": high.numpy(), "low_band": low.numpy()}, {"id": images.ids, "seed": images.seeds}
+    return [pd.DataFrame({**place, "metric": name, "value": values[name]}) for name in names]
 
 
 def score(images: Features, references: Features, settings: Metrics, table: pd.DataFrame) -> list[Score]:
@@ -100,12 +130,13 @@ class _Scorer:
     def __init__(self, images: Features, references: Features, owners: Tensor, settings: Metrics):
         self.images, self.references, self.reference_prompts, self.settings = images, references, owners, settings
         names = list(dict.fromkeys(images.ids))
-        self.prompts = torch.tensor([names.index(name) for name in images.ids])
+        self.place = {name: i for i, name in enumerate(names)}
+        self.prompts = torch.tensor([self.place[name] for name in images.ids])
         self.draws = draw_prompts(len(names), settings.bootstrap)
         self.note = f"interval: {settings.bootstrap} resamples of {len(names)} prompts"
 
     def all(self, table: pd.DataFrame) -> list[Score]:
-        found = [self.mean(str(name), rows["value"].to_numpy()) for name, rows in table.groupby("metric", sort=False)]
+        found = [self.mean(str(name), rows) for name, rows in table.groupby("metric", sort=False)]
         makers: dict[str, Callable[[bool], Score | None]] = {
             "fid": self.fid,
             "kid": self.kid,
@@ -119,8 +150,9 @@ class _Scorer:
             found.append(self.spectrum())
         return found
 
-    def mean(self, metric: str, values: NDArray[np.float64]) -> Score:
-        weights = self.draws[:, self.prompts].numpy().astype(np.float64)
+    def mean(self, metric: str, rows: pd.DataFrame) -> Score:
+        values = rows["value"].to_numpy()
+        weights = self.draws[:, [self.place[name] for name in rows["id"]]].numpy().astype(np.float64)
         meta = self.images.metadata
         what = ""
         if metric == "clip":
@@ -129,6 +161,12 @@ class _Scorer:
             what += f"{meta['clip_length']} tokens; "
         elif metric in ("count", "colours", "repetition"):
             what = "objects read by hires.scenes.parse; "
+        elif metric == "seams":
+            what = "log10 of gradient energy on borders of attention patches over that on other token borders; "
+        elif metric == "high_band":
+            what = "log10 of grey-level variance in .5–1 of Nyquist, less that of the true image; "
+        elif metric == "low_band":
+            what = f"root mean square difference from the true image, both reduced to {LOW}x{LOW} parts; "
         elif metric.startswith("spectrum"):
             low, high = BANDS[metric.removeprefix("spectrum_")]
             what = f"log10 of grey-level variance in {low:g}–{high:g} of Nyquist, Hann window; "
@@ -142,7 +180,7 @@ class _Scorer:
         if min(len(x), len(y)) < 2:
             return None
         draws = self.draws[:FID_REPLICATES].double()
-        replicates = np.array([distances.fid(x, y, w[i], w[j]) for w in draws]) if self.several else np.empty(0)
+        replicates = distances.fid_replicates(x, y, i, j, draws).numpy() if self.several else np.empty(0)
         value = distances.fid(x, y)
         short = min(len(x), len(y))
         few = f"{short} samples for {x.shape[1]} dimensions: biased upwards" if short <= x.shape[1] else ""
@@ -227,13 +265,31 @@ class _Scorer:
         return Score(f"{metric}_patch" if patch else metric, value, replicates, n, "; ".join(flags), protocol)
 
 
-def ceiling(references: Features, settings: Metrics) -> list[Score]:
+def over_trials(trials: Sequence[Sequence[Score]]) -> list[Score]:
+    """Means over trials, the same prompts with other seeds: every score is taken at a trial's own n, as papers do.
+
+    All trials are resampled by the same draws of prompts, so the means of their replicates are those of a bootstrap
+    over prompts with all seeds of a prompt together. n counts the images of all trials.
+    """
+    if len(trials) == 1:
+        return list(trials[0])
+    found = []
+    for same in zip(*trials, strict=True):
+        value = float(np.mean([s.value for s in same]))
+        replicates = np.mean([s.replicates for s in same], axis=0)
+        protocol = f"mean over {len(same)} seeds; {same[0].protocol}"
+        found.append(Score(same[0].metric, value, replicates, sum(s.n for s in same), same[0].flag, protocol))
+    return found
+
+
+def ceiling(references: Features, settings: Metrics, borders: Borders | None = None) -> list[Score]:
     """The references scored as if they were an image set, as the best that can be reached.
 
     Single-image scores, IS and spectrum as they are; FID and KID of every second reference against the others, with
     half the KID subset size.
     """
-    single = score(references, references, settings, per_image(references, settings.scores))
+    table = per_image(references, settings.scores, references=references, borders=borders)
+    single = score(references, references, settings, table)
     found = [s for s in single if s.metric.removesuffix("_patch") not in ("fid", "kid")]
     half = len(references) // 2
     if half:

@@ -4,8 +4,8 @@ A scene follows from its id; it can be captioned, rendered at any size through a
 from a picture (how many objects, which colours).
 """
 
-from hires.scenes.captions import VOCABULARY, caption
-from hires.scenes.parquet import scene_of_url, write_parquet
+from hires.scenes.captions import VOCABULARY, caption, in_view
+from hires.scenes.parquet import scene_of_url, view_of_url, write_parquet
 from hires.scenes.parser import Found, Reading, parse, parse_batch
 from hires.scenes.render import reference_image, render
 from hires.scenes.world import (
@@ -18,6 +18,7 @@ from hires.scenes.world import (
     Camera,
     Object,
     Scene,
+    close_up,
     random_camera,
     scene,
     scene_ids,
@@ -38,6 +39,8 @@ __all__ = [
     "Reading",
     "Scene",
     "caption",
+    "close_up",
+    "in_view",
     "parse",
     "parse_batch",
     "random_camera",
@@ -47,5 +50,6 @@ __all__ = [
     "scene_ids",
     "scene_of_url",
     "split",
+    "view_of_url",
     "write_parquet",
 ]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from hires.errors import HiresError
 from hires.scenes.captions import caption
-from hires.scenes.world import scene, stream_of
+from hires.scenes.world import WHOLE, Camera, close_up, scene, stream_of
 from hires.storage import replacing
 
 SCHEMA = pa.schema(
@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         ("hash", pa.int64()),
     ]
 )
-SCHEME = "scene://"
+SCHEME, CLOSE_UP = "scene://", "?close-up"
 
 
 def scene_of_url(url: str) -> int:
@@ -37,15 +37,26 @@ def scene_of_url(url: str) -> int:
     return int(number)
 
 
-def write_parquet(path: str | os.PathLike[str], ids: Iterable[int], *, width: int, height: int) -> None:
-    """Write one row per scene id; `width` and `height` (pixels) are those of its reference image."""
+def view_of_url(url: str) -> tuple[int, Camera]:
+    """Scene id and camera of `scene://<id>`, the whole scene, or `scene://<id>?close-up`, its own close-up."""
+    scene_id = scene_of_url(url.removesuffix(CLOSE_UP))
+    return scene_id, close_up(scene(scene_id)) if url.endswith(CLOSE_UP) else WHOLE
+
+
+def write_parquet(
+    path: str | os.PathLike[str], ids: Iterable[int], *, width: int, height: int, close_ups: bool = False
+) -> None:
+    """Write one row per scene id; `width` and `height` (pixels) are those of its reference image.
+
+    `close_ups`: captions and addresses are those of the scenes' close-ups (`hires.scenes.world.close_up`).
+    """
     rows = []
     for scene_id in ids:
         similarity, unsafe, watermark, score = stream_of(scene_id, 2).random(4).tolist()
         rows.append(
             {
-                "URL": f"{SCHEME}{scene_id}",
-                "TEXT": caption(scene(scene_id)),
+                "URL": f"{SCHEME}{scene_id}{CLOSE_UP * close_ups}",
+                "TEXT": caption(scene(scene_id), close_up(scene(scene_id)) if close_ups else WHOLE),
                 "WIDTH": width,
                 "HEIGHT": height,
                 "similarity": 0.28 + 0.12 * similarity,

@@ -301,7 +301,7 @@ def render(
     return out
 
 
-def reference_image(scene_id: int, height: int, width: int) -> Image.Image:
+def reference_image(scene_id: int, height: int, width: int, camera: Camera = WHOLE) -> Image.Image:
     """The true picture of a scene as an 8-bit RGB image."""
-    pixels = render([scene(scene_id)], height, width)[0]
+    pixels = render([scene(scene_id)], height, width, [camera])[0]
     return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -125,7 +125,8 @@ WHOLE = Camera(1.0, 0.5, 0.5)
 
 
 def stream_of(scene_id: int, stream: int) -> np.random.Generator:
-    """One of a scene's independent streams of draws: 0 the scene, 1 its caption, 2 its data set row."""
+    """One of a scene's independent streams of draws: 0 the scene, 1 its caption, 2 its data set row, 3 its
+    close-up."""
     return np.random.Generator(np.random.Philox(key=np.array([scene_id, stream], dtype=np.uint64)))
 
 
@@ -204,6 +205,11 @@ def scene_ids(name: str, n: int, start: int = 0) -> list[int]:
             found.append(start)
         start += 1
     return found
+
+
+def close_up(scene: Scene) -> Camera:
+    """A scene's own close-up: aimed at one of its objects, zoom 2 to 4; it follows from the id."""
+    return random_camera(stream_of(scene.id, 3), scene, (2.0, 4.0), close_up=True)
 
 
 def random_camera(

@@ -7,7 +7,7 @@ from hires_kernels import flops
 
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
-from hires.sizes import Size
+from hires.sizes import Size, patch_side, scaled_window
 from hires.variants import Variant
 
 TOKEN = 16  # side in pixels of the tokens that `Architecture.token` counts
@@ -53,13 +53,20 @@ def _call(architecture: Architecture, size: Size, base: Size, attention: str, sa
         shape: dict[str, Any] = {"batch": 1, "heads": heads, "head_dim": head_dim}
         rows: tuple[int, ...]
         if attention == "npa":
-            rows = flops.neighborhood_patch_attention(grid, window, **shape, text=text, text_rows=sampling.text_rows)
+            window = _scaled(window, grid, sampling.window_scale)
+            patch = (patch_side(window[0], sampling.window_overlap), patch_side(window[1], sampling.window_overlap))
+            shape |= {"text": text, "text_rows": sampling.text_rows, "patch": patch}
+            rows = flops.neighborhood_patch_attention(grid, window, **shape)
         elif attention == "scale_dit":
             rows = _local(grid, text, shape, sampling)
         else:
             rows = (flops.dense_attention(grid[0] * grid[1] + text, **shape),)
         total += layers * sum(rows)
     return total
+
+
+def _scaled(window: Size, grid: Size, scale: float) -> Size:
+    return scaled_window(window[0], grid[0], scale), scaled_window(window[1], grid[1], scale)
 
 
 def _local(grid: Size, text: int, shape: dict[str, Any], sampling: Sampling) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hires import layout, shards
 from hires.config import Config
@@ -12,6 +12,9 @@ from hires.shards import read_manifest
 from hires.stages import VERSIONS, models
 from hires.stages.images import image_sets
 from hires.storage import digest, remade, sha256
+
+if TYPE_CHECKING:
+    from hires.scenes import Camera
 
 
 def run(
@@ -103,9 +106,9 @@ def _fits(path: Path, key: str) -> bool:
         return False
 
 
-def _scenes(prompts: Sequence[Prompt]) -> list[int] | None:
-    """Scene ids of prompts that are captions of scenes, None when one is not."""
-    from hires.scenes import scene_of_url
+def _scenes(prompts: Sequence[Prompt]) -> "list[tuple[int, Camera]] | None":
+    """Scene ids and cameras of prompts that are captions of scenes, None when one is not."""
+    from hires.scenes import view_of_url
 
     urls = [prompt.url or "" for prompt in prompts]
-    return [scene_of_url(url) for url in urls] if all(url.startswith("scene://") for url in urls) else None
+    return [view_of_url(url) for url in urls] if all(url.startswith("scene://") for url in urls) else None

@@ -3,6 +3,7 @@
 from hires import layout, parquet, shards
 from hires.config import Config
 from hires.errors import HiresError
+from hires.stages.scores import borders
 from hires.storage import remade
 
 REFERENCE = "reference"
@@ -36,13 +37,14 @@ def run(config: Config) -> None:
     scores = pd.concat(parts, ignore_index=True)
     prompts = [prompt.id for prompt in shards.drawn(config)]
     references = []
-    for study, height, width, n in dict.fromkeys((s.study, s.height, s.width, s.n) for s in config.image_sets()):
+    first = {(s.study, s.height, s.width, s.n): s for s in reversed(config.image_sets())}
+    for (study, height, width, n), images in reversed(first.items()):
         file = layout.reference_features(config, height, width)
         with remade("features", file):
             features = Features.load(file)
         features = features.take([i for i, name in enumerate(features.ids) if name in set(prompts[:n])])
         names = {"setting": REFERENCE, "trial": "all", "backbone": REFERENCE, "variant": REFERENCE}
-        found = ceiling(features, config.metrics)
+        found = ceiling(features, config.metrics, borders(config, images))
         references.append(frame(found, study=study, **names, height=height, width=width))
     tidy = pd.concat([scores, *references], ignore_index=True)[TIDY]
     tests = paired(scores[scores["trial"] == "all"])[PAIRED]

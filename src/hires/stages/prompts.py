@@ -23,4 +23,5 @@ def write_scenes(config: Config, path: Path) -> None:
     from hires.scenes import scene_ids, write_parquet
 
     pool = config.prompts.scenes
-    write_parquet(path, scene_ids("held-out", pool.pool), width=pool.width, height=pool.height)
+    ids = scene_ids("held-out", pool.pool)
+    write_parquet(path, ids, width=pool.width, height=pool.height, close_ups=pool.close_ups)

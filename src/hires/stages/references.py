@@ -65,9 +65,10 @@ def _make(config: Config, items: Sequence[Item], height: int, width: int) -> lis
 def reference(url: str, height: int, width: int) -> "Image.Image | None":
     """The image at `scene://<id>`, or at a web address, at height × width pixels; None where nothing answers."""
     if url.startswith("scene:"):
-        from hires.scenes import reference_image, scene_of_url
+        from hires.scenes import reference_image, view_of_url
 
-        return reference_image(scene_of_url(url), height, width)
+        scene_id, camera = view_of_url(url)
+        return reference_image(scene_id, height, width, camera)
     from PIL import Image, ImageOps
 
     try:

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 from hires import layout, parquet, shards
 from hires.config import Config, ImageSet
+from hires.sizes import stage_sizes
 from hires.stages.features import read_manifests
 from hires.stages.images import image_sets
 from hires.storage import remade
 
 if TYPE_CHECKING:
-    from hires.metrics import Features
+    from hires.metrics import Borders, Features
 
 
 def run(
@@ -47,21 +48,33 @@ def _score(config: Config, images: ImageSet, references: "Features") -> None:
     import pandas as pd
 
     from hires.metrics import Features
-    from hires.metrics.scores import SET, TIDY, frame, per_image, score
+    from hires.metrics.scores import SET, TIDY, frame, over_trials, per_image, score
 
     file = layout.features(config, images)
     with remade("features", file):
         features = Features.load(file)
     manifest = pd.DataFrame(read_manifests(layout.image_shards(config, images), "images"))
-    table = per_image(features, config.metrics.scores, manifest)
-    trials = {"all": list(range(len(features)))}
-    if len(images.seeds) > 1:
-        trials |= {str(seed): [i for i, s in enumerate(features.seeds) if s == seed] for seed in images.seeds}
+    table = per_image(features, config.metrics.scores, manifest, references, borders(config, images))
     names = {name: getattr(images, name) for name in SET}
-    parts = []
-    for trial, rows in trials.items():
-        part = table if trial == "all" else table[table["seed"] == int(trial)]
-        found = score(features.take(rows), references, config.metrics, part)
-        parts.append(frame(found, trial=trial, **names)[[*TIDY, "replicates"]])
+    trials = {}
+    for seed in images.seeds:
+        rows = [i for i, s in enumerate(features.seeds) if s == seed]
+        trials[str(seed)] = score(features.take(rows), references, config.metrics, table[table["seed"] == seed])
+    parts = [frame(over_trials([*trials.values()]), trial="all", **names)]
+    if len(trials) > 1:
+        parts += [frame(found, trial=seed, **names).assign(replicates=None) for seed, found in trials.items()]
+    parts = [part[[*TIDY, "replicates"]] for part in parts]
     parquet.write_frame(layout.image_scores(config, images), table)
     parquet.write_frame(layout.scores(config, images), pd.concat(parts))
+
+
+def borders(config: Config, images: ImageSet) -> "Borders":
+    """The patch borders that an image set is looked at for seams: those of NPA in its setting, whatever its variant."""
+    from hires.metrics import patch_borders
+
+    entry, variant = config.backbones[images.backbone], config.variants()[images.variant]
+    base = (entry.base_resolution, entry.base_resolution)
+    if variant.start == "base":
+        base = stage_sizes(images.height, images.width, entry.base_resolution, entry.size_multiple)[0]
+    sampling = config.sampling(images.study, images.setting, images.backbone)
+    return patch_borders((images.height, images.width), base, sampling.window_scale, sampling.window_overlap)
