@@ -90,6 +90,12 @@ class Shared:
     def reshape(self, shape):
         return Shared(self.data.view(shape))
 
+    def store(self, values):
+        self.data.copy_(values)
+
+    def load(self, layout):
+        return self.data.clone()
+
     def permute(self, order):
         return Shared(self.data.permute(order))
 

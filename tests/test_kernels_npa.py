@@ -8,7 +8,7 @@ from functools import partial
 import gluon_on_cpu
 import pytest
 import torch
-from hires_kernels import KernelError, Problem, explain, fused, neighborhood_patch_attention
+from hires_kernels import KernelError, Problem, explain, fused, launches, neighborhood_patch_attention
 from hires_kernels.backends import choose
 from hires_kernels.fused import npa
 
@@ -139,8 +139,17 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 }
 
 
-@pytest.mark.parametrize("case", GLUON_CASES)
-def test_the_text_of_the_gluon_kernel(case, monkeypatch):
+OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "launch"),
+    [
+        *((case, {}) for case in GLUON_CASES),
+        *((case, OTHER) for case in ("long text", "ragged", "shifted", "steps fewer than stages")),
+    ],
+)
+def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):
     grid, window, text_tokens, batch, heads, dim, shift, text_rows = GLUON_CASES[case]
     generator = torch.Generator().manual_seed(len(case))
     image = tensors(generator, 1, batch, grid[0] * grid[1], 3, heads, dim, dtype=torch.float16)[0].unbind(2)
@@ -150,7 +159,8 @@ def test_the_text_of_the_gluon_kernel(case, monkeypatch):
     monkeypatch.setattr(
         fused, "neighborhood_patch_attention", partial(npa.neighborhood_patch_attention, run=module.attend)
     )
-    check("triton", CPU, image, grid, window, text, rope=positions(grid, dim), shift=shift, text_rows=text_rows)
+    with launches.trying("npa_gluon", dim, CPU, launches.launch("npa_gluon", dim, CPU) | launch):
+        check("triton", CPU, image, grid, window, text, rope=positions(grid, dim), shift=shift, text_rows=text_rows)
 
 
 @pytest.mark.gpu

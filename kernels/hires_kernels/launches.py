@@ -30,7 +30,7 @@ def memory(device: torch.device) -> str:
     return str(LARGE) if properties.shared_memory_per_block_optin >= LARGE * 1024 else "99"
 
 
-def launch(kernel: str, head_dim: int, device: torch.device) -> Mapping[str, Any]:
+def launch(kernel: str, head_dim: int, device: torch.device) -> dict[str, Any]:
     """The committed launch of a kernel."""
     return TABLE[kernel][memory(device)][str(head_dim)]
 

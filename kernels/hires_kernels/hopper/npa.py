@@ -179,7 +179,7 @@ def _consume(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    PING_PONG: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
     grid, window, patches, heads, text_tokens, _, image_tiles, _, items = shape
@@ -188,6 +188,7 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
     stride = gl.num_programs(0)
@@ -255,7 +256,7 @@ def _consume(
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             done += 1
 
-        # last values of this item, first scores of the next; the queries of the one after it take this item's buffer
+        # last values of this item, first scores of the next
         follows = item + stride < items
         stage, phase = done % V_STAGES, done // V_STAGES & 1
         next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
@@ -271,13 +272,6 @@ def _consume(
         sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
         if PING_PONG:
             mbarrier.arrive(turns.index(1 - GROUP))
-        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
-            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
-        )
-        _fetch_queries(
-            GROUP, query, text_query, walks, shape, queries,
-            batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
-        )  # fmt: skip
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
@@ -290,7 +284,13 @@ def _consume(
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
         sums *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
-        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+        outputs = sums.to(dtype)
+        if STAGED:  # by way of the item's own queries, which nobody needs any more: whole rows to a warp
+            queries.store(outputs)
+            _synchronise()
+            outputs = queries.load(OUTPUTS)
+            _synchronise()
+        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUTS))
         token, valid = _tokens(
             place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
         )
@@ -300,9 +300,16 @@ def _consume(
         else:
             first = output + long_batch * grid[0] * grid[1] * heads * DIM
         result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
-        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, SUMS)), 0)
-        gl.store(result, sums.to(dtype), mask=gl.expand_dims(valid, 1))
+        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
+        gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
 
+        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
+            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        )
+        _fetch_queries(
+            GROUP, query, text_query, walks, shape, queries,
+            batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
+        )  # fmt: skip
         batch, head, patch, tile, first_row, first_col = batch1, head1, patch1, tile1, first_row1, first_col1
         down, across, image_steps, steps = down1, across1, image_steps1, steps1
         batch1, head1, patch1, tile1, first_row1, first_col1 = batch2, head2, patch2, tile2, first_row2, first_col2
@@ -318,7 +325,7 @@ def _attend(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr,
+    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -346,12 +353,12 @@ def _attend(
             (_consume, (
                 0, query, output, text_query, text_output, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
             )),
             (_consume, (
                 1, query, output, text_query, text_output, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
@@ -414,5 +421,5 @@ def attend(
         K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % KEYS != 0,
-        PING_PONG=launch["ping_pong"], num_warps=4,
+        PING_PONG=launch["ping_pong"], STAGED=launch["staged"], num_warps=4,
     )  # fmt: skip
