@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -329,6 +329,17 @@ class ImageSet:
         return f"{self.height}x{self.width}"
 
 
+Root = TypeVar("Root", bound=Section)
+
+
+def load_section(path: str | Path, model: type[Root]) -> Root:
+    """Read and validate a YAML file of another kind than a configuration; HiresError, one line, for any mistake."""
+    try:
+        return model.model_validate(_read(Path(path), (), model))
+    except ValidationError as error:
+        raise HiresError(f"{path}: {_one_line(error, model)}") from None
+
+
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, merge (`extends`, then `overrides`) and validate a configuration.
 
@@ -356,7 +367,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, chain: tuple[Path, ...], model: type[Section] = Config) -> dict[str, Any]:
     if path.resolve() in chain:
         raise HiresError(f"{path}: extends itself, by way of {chain[-1].name}")
     try:
@@ -374,7 +385,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise HiresError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         given = "empty" if data is None else f"a {type(data).__name__}"
-        raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(Config))}), but it is {given}")
+        raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(model))}), but it is {given}")
     if isinstance(data.get("extends"), str):
         data = _merge(_read(path.parent / data["extends"], (*chain, path.resolve())), data, Config)
     return data
@@ -400,7 +411,7 @@ def _at(place: str, error: HiresError) -> HiresError:
     return HiresError(f"{place}: {error}")
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, root: type[Section] = Config) -> str:
     """The first mistake in a validation error, in our words."""
     mistakes = error.errors(include_url=False)
     first, more = mistakes[0], len(mistakes) - 1
@@ -408,10 +419,10 @@ def _one_line(error: ValidationError) -> str:
     place, given, kind = ".".join(names), first["input"], first["type"]
     shown = "null" if given is None else repr(given)
     if kind == "extra_forbidden":
-        allowed = _keys(_model_at(names[:-1]))
+        allowed = _keys(_model_at(names[:-1], root))
         text = str(_at(place, unknown("key", names[-1], allowed)))
     elif kind == "missing":
-        text = f"{place}: missing; {_description(names)}"
+        text = f"{place}: missing; {_description(names, root)}"
     elif kind == "value_error":
         cause = first["ctx"]["error"]
         text = f"{place}: {cause}" if place else str(cause)
@@ -422,11 +433,11 @@ def _one_line(error: ValidationError) -> str:
     elif kind in ("model_type", "dict_type", "model_attributes_type"):
         text = f"{place} = {shown}: must be a mapping, key: value"
     elif kind == "too_short":
-        text = f"{place}: must not be empty; {_description(names)}"
+        text = f"{place}: must not be empty; {_description(names, root)}"
     elif kind == "string_type":
         text = f"{place} = {shown}: must be text; quote it: {str(given)!r}"
     else:
-        text = f"{place} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names)})"
+        text = f"{place} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names, root)})"
     return text + (f" (and {more} more mistake{'s' * (more > 1)})" if more else "")
 
 
@@ -435,9 +446,9 @@ def _nearest(given: Any, expected: str) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"allowed: {expected.replace(chr(39), '')}"
 
 
-def _walk(names: Iterable[str]) -> Iterator[tuple[Any, str]]:
+def _walk(names: Iterable[str], root: type[Section]) -> Iterator[tuple[Any, str]]:
     """(type, description) at each step from the root along the names of a place."""
-    here: Any = Config
+    here: Any = root
     for name in names:
         here = _plain(here)
         if isinstance(here, type) and issubclass(here, BaseModel):
@@ -457,12 +468,12 @@ def _plain(kind: Any) -> Any:
     return kind
 
 
-def _model_at(names: list[str]) -> type[BaseModel]:
-    return _plain([Config, *(kind for kind, _ in _walk(names))][-1])
+def _model_at(names: list[str], root: type[Section]) -> type[BaseModel]:
+    return _plain([root, *(kind for kind, _ in _walk(names, root))][-1])
 
 
-def _description(names: list[str]) -> str:
-    return next((text for _, text in reversed(list(_walk(names))) if text), "")
+def _description(names: list[str], root: type[Section]) -> str:
+    return next((text for _, text in reversed(list(_walk(names, root))) if text), "")
 
 
 def json_schema() -> str:

@@ -227,7 +227,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         parts = {
-            component: _random_component(folder / component, library, class_name, device, dtype)
+            component: _random_component(folder / component, library, class_name, device, dtype, family.family)
             for component, (library, class_name) in _components(index)
         }
     pipe = family.pipeline_class(**parts)
@@ -236,16 +236,20 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
 
 
 def _random_component(
-    part: Path, library: str | None, class_name: str | None, device: torch.device, dtype: torch.dtype
+    part: Path, library: str | None, class_name: str | None, device: torch.device, dtype: torch.dtype, family: str
 ) -> Any:
     """One component of a pipeline from its configuration alone; tokenizers and schedulers are complete anyway.
 
-    A model is drawn in place, on its device and in its dtype: FLUX.1-dev in float32 would need 48 GB on the way.
+    A model is drawn in place, on its device and in its dtype: FLUX.1-dev in float32 would need 48 GB on the way. The
+    package carries no vocabulary of the large models: the tiny model's words stand in, at the large one's length.
     """
     if library is None or class_name is None:
         return None
     known = _class(library, class_name)
     config = part / "config.json"
+    if part.parent.parent == CONFIGS and hasattr(known, "vocab_files_names"):
+        length = read_json(part / "tokenizer_config.json")["model_max_length"]
+        return known.from_pretrained(ASSETS / f"tiny-{family}" / part.name, model_max_length=length)
     if not config.is_file():
         return known.from_pretrained(part)
     former = torch.get_default_dtype()

@@ -30,6 +30,7 @@ COMMANDS = {
     "run": "run every stage of a configuration in this process, without Snakemake",
     "train": "train the embedded models",
     "speed": "measure the attention kernels on this machine's GPU",
+    "memory": "measure seconds and memory of whole images on this machine's GPU",
     "promote": "copy finished models or reference results into the tracked tree",
 }
 

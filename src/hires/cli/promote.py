@@ -4,7 +4,8 @@
 place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
 in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
 takes tables, figures, scores and the records, never images, and puts them beside those of other configurations: rows of
-a study that stood there are replaced. Nothing else writes tracked files.
+a study that stood there are replaced; `hires promote memory` takes the tables of results/memory to
+results/reference/memory and into the README. Nothing else writes tracked files.
 """
 
 import argparse
@@ -20,18 +21,25 @@ ADAPTER_BYTES = 2 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit or results")
-    parser.add_argument("--from", dest="source", type=Path, help="folder to copy (default results/train/WHAT)")
+    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit, results or memory")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="folder to copy (default results/train/WHAT, results/memory)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results")
+    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results", "memory")
     if args.what not in names:
         raise unknown("thing to promote", args.what, names)
     if args.what == "results":
         if args.source is None:
             raise HiresError("promote results needs --from, a results folder such as results/embedded")
         _promote_results(args.source)
+        return
+    if args.what == "memory":
+        from hires import memory
+
+        print(memory.promote(args.source or memory.ROOT))
         return
     source = args.source or Path("results/train") / args.what
     if not (source / "training.json").is_file():
