@@ -142,7 +142,7 @@ class Study(Section):
 
 
 class Compute(Section):
-    """How the work is split and where it runs. None of it changes an image."""
+    """How the work is split and where it runs. None of it changes an image, unless memory runs out (`adapt`)."""
 
     shard_size: int = Field(8, ge=1, description="prompts in one job")
     batch_size: int = Field(1, ge=1, description="images denoised together")
@@ -150,6 +150,10 @@ class Compute(Section):
         "auto", description="auto takes a GPU where there is one"
     )
     threads: int = Field(1, ge=1, description="CPU threads of one job")
+    offload: bool = Field(False, description="on a GPU, parts of the model wait in main memory until they run")
+    out_of_memory: Literal["refuse", "adapt"] = Field(
+        "refuse", description="adapt goes on with half the batch or views, a tiled VAE, offload; records name which"
+    )
     image_format: Literal["png", "tiff"] = Field(
         "png", description="both lossless; tiff is uncompressed and written faster"
     )

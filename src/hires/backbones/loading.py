@@ -19,6 +19,7 @@ from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
 from hires.hub import download_pipeline
 from hires.models import ASSETS, HINTS, build_pipeline
+from hires.oom import exhausted
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,6 +61,8 @@ def load(
         try:
             pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:  # parts that are whole but don't belong together
+            if exhausted(error):
+                raise
             raise HiresError(f"{folder}: diffusers cannot load it: {str(error).splitlines()[0]}") from error
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -59,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HiresError as error:
         print(f"hires {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        from hires.oom import ADVICE, described, exhausted
+
+        if not exhausted(error):
+            raise
+        print(f"hires {argv[0]}: {described(error)}; {ADVICE}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"hires {argv[0]}: interrupted; finished work is kept", file=sys.stderr)
         return 130

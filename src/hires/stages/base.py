@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -10,6 +11,7 @@ from hires import layout, provenance, shards
 from hires.config import Config
 from hires.devices import locked_device
 from hires.layout import BaseSet
+from hires.oom import Thrift
 from hires.shards import Batch, Item
 from hires.stages import VERSIONS, models
 
@@ -58,7 +60,10 @@ def _make(config: Config, base: BaseSet, work: Sequence[Batch], device: str) -> 
     sampling = config.sampling(base.study, base.setting, base.backbone).over(model.defaults)
     effective = {setting: getattr(sampling, setting) for setting in layout.BASE_SETTINGS}
     origin = provenance.record(config, **models.told(model))
-    for batch, todo in tqdm(work, desc="base latents", unit="batch", disable=None):
+    thrift = Thrift(f"base latents of {base.backbone}, {base.height}x{base.width}", config.compute, model)
+
+    def make(whole: Sequence[Item], wanted: Sequence[bool], part: slice) -> None:
+        batch = whole[part]
         started = time.monotonic()
         prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
         latents = base_latents(model, prompts, seeds, base.target_height, base.target_width, sampling).cpu()
@@ -66,10 +71,14 @@ def _make(config: Config, base: BaseSet, work: Sequence[Batch], device: str) -> 
             "seconds": round((time.monotonic() - started) / len(batch), 4),
             "steps": sampling.num_inference_steps,
             "batch": len(batch),
+            **thrift.record(),
             "sampling": effective,
             "provenance": origin,
         }
-        for item, sample, wanted in zip(batch, latents.split(1), todo):
-            if wanted:
+        for item, sample, missing in zip(batch, latents.split(1), wanted[part]):
+            if missing:
                 item.finish(save({"latents": sample.contiguous()}), **measured)
+
+    for batch, todo in tqdm(work, desc="base latents", unit="batch", disable=None):
+        thrift.run(partial(make, batch, todo), len(batch))
         yield sum(todo)

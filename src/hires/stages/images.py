@@ -12,6 +12,8 @@ from hires import layout, provenance, shards
 from hires.config import Config, ImageSet
 from hires.devices import locked_device
 from hires.errors import unknown
+from hires.oom import Thrift
+from hires.settings import Sampling
 from hires.shards import Batch, Item
 from hires.stages import VERSIONS, base, models
 from hires.storage import remade
@@ -121,33 +123,41 @@ class _Maker:
         self.adapters = adapter_digests(self.backbone.pipe, self.variant.adapter)
         self.provenance = provenance.record(config, **models.told(self.backbone), adapters=self.adapters)
 
+        views = self.sampling.view_batch if self.variant.views != "none" else 1
+        what = f"{images.variant} at {images.size} on {images.backbone}"
+        self.thrift = Thrift(what, config.compute, self.backbone, views, tileable=not self.sampling.vae_tiling)
+
     def make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
+        """Make a batch, in parts where memory is short."""
+        self.thrift.run(lambda part: self._make(batch[part], todo[part]), len(batch))
+
+    def _make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
         from hires_kernels import watch
 
         from hires.cascade import Meter, cascade, decode
 
         prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
         height, width = self.images.height, self.images.width
+        sampling = self.thrift.sampling(self.sampling)
         latents, shared = self._base_latents(batch)
         stages, peak = [], 0
         with watch() as ran:
-            for stage in cascade(
-                self.backbone, prompts, seeds, self.variant, height, width, self.sampling, base=latents
-            ):
+            for stage in cascade(self.backbone, prompts, seeds, self.variant, height, width, sampling, base=latents):
                 stages.append(_stage(stage.name, stage.height, stage.width, stage.steps, stage.seconds / len(batch)))
                 peak = max(peak, stage.peak_bytes)
         with Meter(self.backbone.device) as cost:
-            pictures = decode(self.backbone, stage, self.sampling.vae_tiling)
+            pictures = decode(self.backbone, stage, sampling.vae_tiling)
         stages.append(_stage("decode", height, width, 0, cost.seconds / len(batch)))
         peak = max(peak, cost.peak_bytes)
 
         def finish(item: Item, picture: "Image.Image", base: dict[str, Any]) -> None:
             steps = [{**stages[0], **base}, *stages[1:]]
             item.finish(
-                self._encode(picture, item),
+                self._encode(picture, item, sampling),
                 seconds=round(sum(step["seconds"] for step in steps), 4),
                 peak_bytes=peak,
                 batch=len(batch),
+                **self.thrift.record(),
                 stages=steps,
                 sampling=self.sampling.model_dump(),
                 provenance={**self.provenance, "attention": ran.__dict__},
@@ -172,7 +182,7 @@ class _Maker:
             costs.append({"steps": record["steps"], "seconds": record["seconds"], "stored": True})
         return torch.cat(samples), costs
 
-    def _encode(self, picture: "Image.Image", item: Item) -> bytes:
+    def _encode(self, picture: "Image.Image", item: Item, sampling: Sampling) -> bytes:
         """The file's bytes, the same in every run: nothing measured is in its metadata."""
         parameters = {
             "prompt": item.prompt.prompt,
@@ -181,7 +191,7 @@ class _Maker:
             "model": self.backbone.name,
             "revision": self.backbone.revision,
             **({"adapters": self.adapters} if self.adapters else {}),
-            "sampling": self.sampling.model_dump(exclude_defaults=True),
+            "sampling": sampling.model_dump(exclude_defaults=True),
         }
         return encode(picture, self.config.compute.image_format, parameters)
 

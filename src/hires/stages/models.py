@@ -1,12 +1,15 @@
 """Models as the stages need them: loaded once, and told apart without being loaded."""
 
 import re
+import sys
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hires.config import BackboneEntry, Config
+from hires.errors import HiresError
+from hires.oom import attempt
 from hires.storage import digest, sha256
 
 if TYPE_CHECKING:
@@ -20,16 +23,31 @@ def load(config: Config, backbone: str, device: str) -> "Backbone":
     import torch
 
     torch.set_num_threads(config.compute.threads)
-    entry = config.backbones[backbone]
-    return _load(entry.model, entry.weights, entry.dtype, tuple(entry.adapters.items()), device)
+    entry, compute = config.backbones[backbone], config.compute
+    given = entry.model, entry.weights, entry.dtype, tuple(entry.adapters.items()), device
+    found: list[Backbone] = []
+    reason = attempt(lambda: found.append(_load(*given, compute.offload)))
+    if reason and device.startswith("cuda") and not compute.offload:
+        if compute.out_of_memory == "refuse":
+            raise HiresError(f"model {entry.model!r} does not fit: {reason}; what helps: compute.offload = true")
+        print(f"model {entry.model!r} does not fit: {reason}; going on with offload = true", file=sys.stderr)
+        reason = attempt(lambda: found.append(_load(*given, True)))
+    if reason:
+        raise HiresError(f"model {entry.model!r} does not fit: {reason}; it needs a machine with more memory")
+    return found[0]
 
 
 @lru_cache(maxsize=1)
-def _load(model: str, weights: Any, dtype: str, adapters: tuple[tuple[str, str], ...], device: str) -> "Backbone":
+def _load(
+    model: str, weights: Any, dtype: str, adapters: tuple[tuple[str, str], ...], device: str, offload: bool
+) -> "Backbone":
     from hires.backbones import load
 
     quiet("diffusers", "transformers")
-    backbone = load(model, device=device, dtype=dtype, weights=weights)
+    offload = offload and device.startswith("cuda")
+    backbone = load(model, device="cpu" if offload else device, dtype=dtype, weights=weights)
+    if offload:
+        backbone.pipe.enable_model_cpu_offload(device=device)
     backbone.adapters = {name: Path(place) for name, place in adapters}
     return backbone
 
