@@ -144,14 +144,19 @@ def reference_scores(wildcards):
     return path
 
 
+CONFIG = configured()
+MINUTES = CONFIG.compute.job_minutes
+LIMIT = f"timeout --foreground --kill-after=30 {MINUTES}m " if MINUTES else ""
+
 # Jobs use this checkout's library, also in a conda environment that was made from environment.yml. A prefix takes the
 # place of Snakemake's own, without which a failure before `| tee` would go unseen.
 shell.prefix(
     "set -euo pipefail; export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
-    ' hires() {{ python -m hires.cli "$@"; }}; '
+    ' hires() {{ {LIMIT}python -m hires.cli "$@" || ended $? "$1"; }};'
+    ' ended() {{ [ $1 != 124 ] || echo "hires $2: ended after compute.job_minutes = {MINUTES}; finished work is kept" >&2;'
+    " return $1; }}; "
 )
 
-CONFIG = configured()
 CONFIG_FILE = str(stored_config(CONFIG))
 ENCODERS = sorted({path for name in (CONFIG.metrics.features, CONFIG.metrics.clip) for path in folder_files(name)})
 GPUS = int(uses_gpu(CONFIG.compute.device))

@@ -150,6 +150,9 @@ class Compute(Section):
         "auto", description="auto takes a GPU where there is one"
     )
     threads: int = Field(1, ge=1, description="CPU threads of one job")
+    job_minutes: float | None = Field(
+        None, gt=0, description="Snakemake ends a job that takes longer, as one that hangs; null: never"
+    )
     offload: bool = Field(False, description="on a GPU, parts of the model wait in main memory until they run")
     out_of_memory: Literal["refuse", "adapt"] = Field(
         "refuse", description="adapt goes on with half the batch or views, a tiled VAE, offload; records name which"

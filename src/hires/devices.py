@@ -1,6 +1,7 @@
 """One GPU per process. Snakemake counts GPUs but hands out no device numbers, so each job locks one for itself."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ def uses_gpu(device: str) -> bool:
 
 
 @contextmanager
-def locked_device(device: str = "auto", poll: float = 0.2) -> Iterator[str]:
+def locked_device(device: str = "auto", poll: float = 0.2, patience: float = 5.0) -> Iterator[str]:
     """Wait for a free GPU, show this process only that one, and give the name that torch knows it by.
 
     `device`: `auto` (a GPU where there is one, else the CPU), `cuda`, `cuda:<n>` (the n-th visible one), or any other
     torch device, which needs no lock. Call it before CUDA starts. The lock ends with the block, or with the process
-    however that ends; blocks within blocks share it. HiresError when a GPU is asked for and there is none.
+    however that ends; blocks within blocks share it. Who holds the GPUs is told after `patience` seconds, and then ever
+    more rarely. HiresError when a GPU is asked for and there is none.
     """
     if not uses_gpu(device):
         yield "cpu" if device == "auto" else device
@@ -46,7 +48,8 @@ def locked_device(device: str = "auto", poll: float = 0.2) -> Iterator[str]:
     folder = Path(tempfile.gettempdir()) / f"hires-devices-{os.getuid()}-{os.environ.get('SLURM_JOB_ID', 'local')}"
     folder.mkdir(exist_ok=True)
     locks = {name: FileLock(folder / f"{name.replace('/', '_')}.lock", is_singleton=True) for name in names}
-    name = _first_free(locks, poll)
+    name = _first_free(locks, poll, patience)
+    _holder(locks[name]).write_text(str(os.getpid()))
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = name
     try:
@@ -59,7 +62,8 @@ def locked_device(device: str = "auto", poll: float = 0.2) -> Iterator[str]:
         locks[name].release()
 
 
-def _first_free(locks: dict[str, FileLock], poll: float) -> str:
+def _first_free(locks: dict[str, FileLock], poll: float, patience: float) -> str:
+    started = time.monotonic()
     while True:
         for name, lock in locks.items():
             try:
@@ -67,4 +71,17 @@ def _first_free(locks: dict[str, FileLock], poll: float) -> str:
             except Timeout:
                 continue
             return name
+        if time.monotonic() - started > patience:
+            held = ", ".join(_holder(lock).read_text() for lock in locks.values() if _holder(lock).exists())
+            print(
+                f"waiting for a GPU for {time.monotonic() - started:.0f} s: held by process {held}; "
+                "one that hangs may be killed, its finished work is kept",
+                file=sys.stderr,
+            )
+            patience *= 4
         time.sleep(poll)
+
+
+def _holder(lock: FileLock) -> Path:
+    """Where the process that holds a lock leaves its number."""
+    return Path(lock.lock_file).with_suffix(".pid")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hires.settings import Sampling
 
 # PyTorch's CPU allocator, the CUDA driver, and libraries that allocate for themselves raise a plain RuntimeError.
-SAID = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
+SAID = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "can't start new thread")
 
 ADVICE = (
     "what helps: a smaller size, fewer images at once, vae_tiling = true, view_batch = 1, "
