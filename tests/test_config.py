@@ -56,7 +56,8 @@ def refused(folder, data):
 
 
 def test_every_shipped_configuration_loads():
-    for path in CONFIG.glob("*.yaml"):
+    other = {CONFIG / "memory.yaml", CONFIG / "speed.yaml"}  # of another kind
+    for path in set(CONFIG.glob("*.yaml")) - other:
         assert load_config(path).image_sets(), path.name
 
 
