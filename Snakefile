@@ -14,6 +14,7 @@ rule all:
     input:
         layout.report(CONFIG),
         layout.provenance(CONFIG),
+        layout.checksums(CONFIG),
 
 
 rule prompts:

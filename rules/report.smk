@@ -61,6 +61,25 @@ rule html_report:
         "hires report --config {params.config} 2>&1 | tee {log}"
 
 
+rule checksums:
+    input:
+        layout.provenance(CONFIG),
+        layout.report(CONFIG),
+    output:
+        layout.checksums(CONFIG),
+    log:
+        log_of("checksums"),
+    conda:
+        ENVIRONMENT
+    params:
+        version=VERSIONS["checksums"],
+        config=CONFIG_FILE,
+    message:
+        "Checksums of everything made"
+    shell:
+        "hires checksums --config {params.config} 2>&1 | tee {log}"
+
+
 rule redraw:
     input:
         notebook="notebooks/{notebook}.ipynb",

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from hires.cli import main
+from hires.provenance import machine
 from hires.results import Results
 
 KEYS = {"setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64, "metric": "fid"}
@@ -20,7 +21,9 @@ def run(folder, config, studies, value=1.0, tables=("variants",), **columns):
     pairs = [{"study": study, **KEYS, "a": "npa", "b": "direct", "difference": value, **columns} for study in studies]
     pd.DataFrame(pairs).to_parquet(folder / "paired.parquet")
     pd.DataFrame({"id": ["00"], "prompt": [config]}).to_parquet(folder / "prompts.parquet")
-    record = {"commit": f"{config} {value}", "configuration": {"name": config}}
+    record = {**machine(), "time": "2026-11-22T00:00:00+00:00", "config": "0" * 16, "commit": f"{config} {value}"}
+    record |= {"configuration": {"name": config}, "models": {}, "prompts": {"n": 1, "digest": "0" * 16}}
+    record |= {"images": {"n": 1, "seeds": [0]}}
     (folder / "provenance.json").write_text(json.dumps(record))
     (folder / "tables").mkdir()
     for name in tables:

@@ -1,5 +1,7 @@
 """What leads from an image to all that made it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,9 +10,11 @@ from peft import LoraConfig
 from hires import layout
 from hires.adapters import adapter_digests
 from hires.config import load_config
+from hires.errors import HiresError
 from hires.models import HINTS, build_pipeline
-from hires.stages import base, images, models, prompts
-from hires.storage import read_json, sha256, write_json
+from hires.schema import SCHEMA, Manifest, Provenance, Record, json_schema
+from hires.stages import VERSIONS, base, images, models, prompts, provenance
+from hires.storage import read_json, read_sealed, sha256, write_json
 
 CONFIG = """
 name: traced
@@ -73,6 +77,50 @@ def test_large_files_of_the_hubs_cache_are_not_read_again(tmp_path):
         "weights.safetensors": "ab" * 32,
         "config.json": sha256(blobs / ("cd" * 20)),
     }
+
+
+def test_records_and_manifests_follow_the_schema(config):
+    provenance.run(config)
+    whole = Provenance.of(read_json(layout.provenance(config)), "whole")
+    assert whole.images.seeds == [3] and whole.stages == VERSIONS and whole.models["flux"].files
+    assert len(whole.runs) == 3  # base, direct, npa
+    for made in config.image_sets():
+        path = layout.image_shard(config, made, 0)
+        manifest = Manifest.of(read_sealed(path), path)
+        for entry in manifest.images:
+            record = Record.of(read_sealed(path.parent / f"{entry.file}.json"), entry.file)
+            assert record.provenance in manifest.provenance and record.provenance in whole.runs
+            assert record.provenance.model == whole.models["flux"].model
+            assert record.sha256 == entry.sha256 and record.peak_bytes > 0 and record.stages[-1].name == "decode"
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"tempo": 1}, "tempo: extra inputs are not permitted: hires 0.0.9 wrote it, this is 0.1.0"),
+        ({"sha256": None}, "sha256: input should be a valid string"),
+        ({"provenance": 1}, "provenance: input should be a valid dictionary or instance of origin: another version of"),
+    ],
+)
+def test_another_kind_of_record_is_told_in_a_line(config, change, told):
+    path = sorted(config.root.glob("images/**/*.png.json"))[0]
+    record = read_sealed(path)
+    record["provenance"] = {**record["provenance"], "hires": "0.0.9"}
+    with pytest.raises(HiresError, match=f"^{path}: {told}"):
+        Record.of({**record, **change}, path)
+
+
+def test_records_of_an_older_hires_are_read(config):
+    """What came later has a default."""
+    path = sorted(config.root.glob("images/**/*.png.json"))[0]
+    record = read_sealed(path)
+    for name in ("device", "files", "adapters", "attention"):
+        del record["provenance"][name]
+    assert Record.of(record, path).provenance.attention is None
+
+
+def test_the_stored_schema_is_that_of_the_models():
+    assert (Path(__file__).parents[1] / SCHEMA).read_text() == json_schema(), "run python -m hires.schema"
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def test_everything_runs_without_snakemake(finished, tmp_path, monkeypatch, capf
     assert made.items() >= pictures(finished / "results/tested").items()
     after = {path: path.stat().st_mtime_ns for path in Path("results").rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {
-        layout.report(config), layout.provenance(config)
+        layout.report(config), layout.provenance(config), layout.checksums(config)
     }  # fmt: skip
     record = read_json(layout.provenance(config))
     assert record["images"]["n"] == 6 and record["models"]["flux"]["model"] == "model"

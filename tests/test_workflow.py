@@ -74,6 +74,7 @@ def test_the_jobs_of_a_small_run(folder):
         "notebook": 3,
         "provenance": 1,
         "html_report": 1,
+        "checksums": 1,
         "all": 1,
     }
     assert "Using workflow specific profile" in done.stdout + done.stderr

@@ -207,6 +207,7 @@ class Config(Section):
     notebooks: dict[Name, dict[str, Any]] = Field(
         default_factory=dict, description="notebook in notebooks/ → values of its parameters cell"
     )
+    _root: Path | None = None
 
     @model_validator(mode="after")
     def _names_and_sizes(self) -> Self:
@@ -278,8 +279,14 @@ class Config(Section):
 
     @property
     def root(self) -> Path:
-        """Folder of every output, relative to the working directory."""
-        return Path("results") / self.name
+        """Folder of every output, by default relative to the working directory."""
+        return self._root or Path("results") / self.name
+
+    def at(self, folder: Path) -> "Config":
+        """The same configuration with its outputs in `folder`."""
+        moved = self.model_copy()
+        moved._root = folder
+        return moved
 
     def sampling(self, study: str, setting: str, backbone: str) -> Sampling:
         """Settings that this configuration states; the backbone's own defaults come under them."""

@@ -33,6 +33,7 @@ PATTERNS = {
     "notebook": "notebooks/{notebook}.ipynb",
     "report": "report.html",
     "provenance": "provenance.json",
+    "checksums": "SHA256SUMS",
 }
 
 # what shapes a base image beside its prompt, seed and size
@@ -141,6 +142,11 @@ def report(config: Config) -> Path:
 def provenance(config: Config) -> Path:
     """What made the results."""
     return _path(config, "provenance")
+
+
+def checksums(config: Config) -> Path:
+    """SHA-256 of everything made, directly or by way of the manifests."""
+    return _path(config, "checksums")
 
 
 def tables(config: Config) -> Path:

@@ -1,5 +1,6 @@
 """What made a result: code, versions, machine, model, configuration, time. No host names, no absolute paths."""
 
+import json
 import os
 import platform
 import subprocess
@@ -12,7 +13,8 @@ from typing import Any
 import yaml
 
 from hires import __version__
-from hires.config import Config
+from hires.config import Config, load_config
+from hires.errors import HiresError
 from hires.storage import digest, write_changed
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "torchmetrics", "triton", "numpy", "pillow")
@@ -68,6 +70,21 @@ def store_config(config: Config) -> Path:
     path = stored_config(config)
     write_changed(path, yaml.safe_dump(config_data(config), sort_keys=False, allow_unicode=True))
     return path
+
+
+def read_stored(path: Path) -> Config:
+    """The configuration that a run stored in its results folder, with its outputs there, wherever that lies now.
+
+    HiresError, with the version that wrote it, where it is no configuration of this version.
+    """
+    try:
+        return load_config(path).at(path.parent)
+    except HiresError as error:
+        try:
+            by = json.loads((path.parent / "provenance.json").read_text())["hires"]
+        except (OSError, ValueError, KeyError, TypeError):
+            by = "another version"
+        raise HiresError(f"hires {by} wrote it, this is {__version__}: {error}") from None
 
 
 def distinct(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

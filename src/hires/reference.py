@@ -4,6 +4,7 @@
     provenance/<config>.json            what made them: one record for the studies of each promotion
     prompts/<config>.parquet            the prompts drawn
     tables/<config>/, figures/<config>/
+    SHA256SUMS                          of everything here
 
 A study is known by its name alone to whatever reads the tables, so two configurations can't share one.
 """
@@ -14,8 +15,11 @@ from typing import Any
 
 import pandas as pd
 
+from hires import parquet
 from hires.errors import HiresError
-from hires.storage import read_json, replacing, write_json
+from hires.schema import Provenance
+from hires.stages import checksums
+from hires.storage import read_json, write_json
 
 REFERENCE = Path("results/reference")
 TABLES = ("metrics.parquet", "paired.parquet")
@@ -31,13 +35,13 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
     for name in (*TABLES, "provenance.json", "prompts.parquet"):
         if not (source / name).is_file():
             raise HiresError(f"{source} holds no {name}: finish the run first")
-    record = read_json(source / "provenance.json")
+    file = source / "provenance.json"
+    record = Provenance.of(read_json(file), file).model_dump(exclude_unset=True)
     config = record["configuration"]["name"]
-    studies = sorted(set(pd.read_parquet(source / "metrics.parquet", columns=["study"])["study"]))
-    merged = {name: _merged(source / name, target / name, config, studies) for name in TABLES}
+    taken = sorted(set(pd.read_parquet(source / "metrics.parquet", columns=["study"])["study"]))
+    merged = {name: _merged(source / name, target / name, config, taken) for name in TABLES}
     for name, rows in merged.items():
-        with replacing(target / name) as temporary:
-            rows.to_parquet(temporary, index=False)
+        parquet.write_frame(target / name, rows)
     for name in FOLDERS:
         place = target / name / config
         if (source / name).is_dir():
@@ -45,18 +49,27 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
             shutil.copytree(source / name, place)
     (target / "prompts").mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "prompts.parquet", target / "prompts" / f"{config}.parquet")
-    write_json(target / "provenance" / f"{config}.json", [*_others(target, config, studies), _taken(record, studies)])
-    return studies
+    made = [*_others(target, config, taken), {"studies": taken, **record}]
+    write_json(target / "provenance" / f"{config}.json", made)
+    seal(target)
+    return taken
+
+
+def seal(target: Path = REFERENCE) -> None:
+    """Write SHA256SUMS over everything in `target`, for `hires verify`."""
+    checksums.write(target, sorted(path for path in target.rglob("*.*") if path.is_file()))
+
+
+def studies(table: Path) -> list[tuple[str, str]]:
+    """(configuration, study) of the rows of a table in results/reference."""
+    rows = pd.read_parquet(table, columns=["config", "study"]).drop_duplicates()
+    return list(rows.itertuples(index=False, name=None))
 
 
 def records(config: str, target: Path = REFERENCE) -> list[dict[str, Any]]:
     """What made the rows of a configuration: one record for each promotion of which something is left."""
     file = target / "provenance" / f"{config}.json"
     return read_json(file) if file.is_file() else []
-
-
-def _taken(record: dict[str, Any], studies: list[str]) -> dict[str, Any]:
-    return {"studies": studies, **record}
 
 
 def _others(target: Path, config: str, studies: list[str]) -> list[dict[str, Any]]:
@@ -67,11 +80,11 @@ def _others(target: Path, config: str, studies: list[str]) -> list[dict[str, Any
 
 def _merged(source: Path, target: Path, config: str, studies: list[str]) -> pd.DataFrame:
     """The rows of `target` that stay, and those of `source`; a column that older rows lack is null there."""
-    fresh = pd.read_parquet(source)
+    fresh = parquet.read_frame(source)
     fresh.insert(0, "config", config)
     if not target.is_file():
         return fresh
-    former = pd.read_parquet(target)
+    former = parquet.read_frame(target)
     if "config" not in former.columns:
         raise HiresError(
             f"{target} doesn't say which configuration made it, so an older hires wrote it: delete it first"

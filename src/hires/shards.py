@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,13 @@ def drawn(config: Config) -> list[Prompt]:
     """The prompts of a configuration."""
     path = layout.prompts(config)
     with remade("prompts", path):
-        return read_prompts(path)
+        return _read(path, path.stat().st_mtime_ns) if path.is_file() else read_prompts(path)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed: int) -> list[Prompt]:
+    """Read once: one process makes many shards."""
+    return read_prompts(path)
 
 
 Batch = tuple[Sequence[Item], list[bool]]  # some items, and which of them are to be made

@@ -15,6 +15,7 @@ from hires.errors import HiresError, unknown
 COMMANDS = {
     "generate": "make images from a prompt, or from your own image",
     "show": "how an image came to be, or make it once more",
+    "verify": "whether results are as they were made",
     "doctor": "what this machine offers, and what to mend",
     "plan": "what a configuration will make, and about how long it takes",
     "prompts": "stage: draw the prompts of a configuration",
@@ -27,6 +28,7 @@ COMMANDS = {
     "notebook": "stage: run one notebook on the results of a configuration",
     "report": "stage: the HTML report of a configuration",
     "provenance": "stage: what made the results of a configuration",
+    "checksums": "stage: SHA-256 of everything that a configuration made",
     "run": "run every stage of a configuration in this process, without Snakemake",
     "train": "train the embedded models",
     "speed": "measure the attention kernels on this machine's GPU",

@@ -46,6 +46,7 @@ def again(args: argparse.Namespace, record: dict) -> int:
     from hires import records
     from hires.cli.generate import ProgressBar
     from hires.config import load_config
+    from hires.provenance import read_stored
     from hires.stages.images import encode
     from hires.storage import write_bytes
 
@@ -55,9 +56,11 @@ def again(args: argparse.Namespace, record: dict) -> int:
         raise HiresError(f"--again {args.again}: the folder {args.again.parent} does not exist")
     if args.again.resolve() == args.file.resolve():
         raise HiresError(f"--again {args.again}: that is the image itself: choose another name")
-    config = None
-    if "study" in record and (path := args.config or records.configuration(args.file)):
-        config = load_config(path)
+    config, place = None, records.configuration(args.file)
+    if "study" in record and args.config:
+        config = load_config(args.config)
+    elif "study" in record and place:
+        config = read_stored(place)
     recipe = records.recipe(record, config)
     picture = records.own_picture(recipe, args.image)
     try:

@@ -12,4 +12,5 @@ VERSIONS = {
     "notebook": 1,
     "report": 1,
     "provenance": 1,
+    "checksums": 1,
 }

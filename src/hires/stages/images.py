@@ -39,17 +39,17 @@ def run(
     `settings`, `variants`: None means all of the study. Declared outputs: one `layout.image_shard` per image set.
     """
     sets = image_sets(config, study, backbone, height, width, settings, variants)
-    items = {images: _items(config, images, shard) for images in sets}
-    work = {images: shards.batches(items[images], config.compute.batch_size) for images in sets}
+    wanted = {images: items(config, images, shard) for images in sets}
+    work = {images: shards.batches(wanted[images], config.compute.batch_size) for images in sets}
     with shards.told(
-        f"images {study} {backbone} {height}x{width} shard {shard}", sum(map(len, items.values()))
+        f"images {study} {backbone} {height}x{width} shard {shard}", sum(map(len, wanted.values()))
     ) as made:
         if any(work.values()):
             with locked_device(device or config.compute.device) as place:
                 made.extend(_make(config, work, shard, place))
         for images in sets:
             head = {"version": VERSIONS["images"], **_names(images)}
-            shards.write_manifest(layout.image_shard(config, images, shard), head, "images", items[images])
+            shards.write_manifest(layout.image_shard(config, images, shard), head, "images", wanted[images])
 
 
 def image_sets(
@@ -87,7 +87,8 @@ def _names(images: ImageSet) -> dict[str, Any]:
     return {name: getattr(images, name) for name in names}
 
 
-def _items(config: Config, images: ImageSet, shard: int) -> list[Item]:
+def items(config: Config, images: ImageSet, shard: int) -> list[Item]:
+    """The images of one shard."""
     given = config.sampling(images.study, images.setting, images.backbone)
     return shards.items(
         config,

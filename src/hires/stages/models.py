@@ -86,33 +86,37 @@ def _blob(path: Path) -> str | None:
 
 def files(entry: BackboneEntry) -> list[Path]:
     """Files of a backbone's model, as `folder_files`, none for random weights; and those of its adapters."""
-    return _model_files(entry) + [file for place in entry.adapters.values() for file in _adapter_files(place)]
+    own = [] if entry.weights == "random" else folder_files(entry.model)
+    return own + [file for place in entry.adapters.values() for file in _adapter_files(Path(place))]
 
 
-def _model_files(entry: BackboneEntry) -> list[Path]:
-    return [] if entry.weights == "random" else folder_files(entry.model)
-
-
-def _adapter_files(place: str) -> list[Path]:
-    path = Path(place)
-    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+def _adapter_files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(place.glob("*.safetensors"))
 
 
 def folder_files(model: str) -> list[Path]:
     """Files of a model that the repository or a local folder holds; none for hub ids."""
-    folder = next((place for place in (ASSETS / model, Path(model)) if place.is_dir()), None)
+    folder = _folder(model)
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+
+
+def _folder(model: str) -> Path | None:
+    return next((place for place in (ASSETS / model, Path(model)) if place.is_dir()), None)
 
 
 def identity(entry: BackboneEntry, adapter: str | None = None) -> dict[str, Any]:
     """What tells a model from every other: its name, how it is loaded, and the content of a local folder.
 
-    `adapter`: the one that a variant needs; its content counts too where the configuration says where it lies.
+    `adapter`: the one that a variant needs, whose content then counts too, wherever it lies.
     """
     told: dict[str, Any] = {"model": entry.model, "weights": entry.weights, "dtype": entry.dtype}
-    told["content"] = _content(tuple(_model_files(entry)))
+    folder = _folder(entry.model)
+    own = [] if entry.weights == "random" else folder_files(entry.model)
+    told["content"] = _content(tuple(path for path in own if folder and folder / "adapters" not in path.parents))
     if adapter in entry.adapters:
-        told["adapter"] = _content(tuple(_adapter_files(entry.adapters[adapter])))
+        told["adapter"] = _content(tuple(_adapter_files(Path(entry.adapters[adapter]))))
+    elif adapter and folder:
+        told["adapter"] = _content(tuple(_adapter_files(folder / "adapters" / adapter)))
     return told
 
 

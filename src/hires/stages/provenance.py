@@ -1,40 +1,52 @@
 """Stage: what made the results of a configuration, in one file."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from hires import layout, provenance
 from hires.config import Config
+from hires.schema import Manifest, Provenance
 from hires.shards import drawn, read_manifest
-from hires.stages import models
-from hires.storage import write_json
+from hires.stages import VERSIONS, models
+from hires.storage import digest, write_json
 
 
 def run(config: Config) -> None:
-    """Write `layout.provenance`: this process's own record, the configuration, and the records of all shards.
-
-    Keys beside those of `hires.provenance.record`: `configuration` (as stated), `models` (backbone -> what tells its
-    model from others, and the revision), `prompts` (n and the digest of their ids), `images` (n, seconds, seeds), and
-    `runs` (every different record that a manifest holds).
-    """
-    base = [
-        read_manifest(path, "base") for item in layout.base_sets(config) for path in layout.base_shards(config, item)
-    ]
-    images = [
-        read_manifest(path, "images") for item in config.image_sets() for path in layout.image_shards(config, item)
-    ]
-    made = [image for manifest in images for image in manifest["images"]]
+    """Write `layout.provenance` (`hires.schema.Provenance`): this process's own record, and what the shards say."""
+    runs: dict[str, dict[str, Any]] = {}
+    made: dict[str, dict[str, Any]] = {}
+    images, seconds, seeds = 0, 0.0, set()
+    for manifest in _manifests(config):
+        for origin in manifest.provenance:
+            found = origin.model_dump(exclude_unset=True)
+            runs.setdefault(digest(found), found)
+        if manifest.backbone and manifest.images:
+            entry = config.backbones[manifest.backbone]
+            made[manifest.backbone] = {
+                **models.identity(entry), "revision": origin.revision, "files": origin.files
+            }  # fmt: skip
+        images += len(manifest.images)
+        seconds += sum(image.seconds or 0.0 for image in manifest.images)
+        seeds |= {image.seed for image in manifest.images}
     ids = [prompt.id for prompt in drawn(config)]
-    revisions = {manifest["backbone"]: manifest["provenance"][-1]["revision"] for manifest in images}
     facts = {
+        "stages": VERSIONS,
         "configuration": provenance.config_data(config),
-        "models": {
-            name: {**models.identity(config.backbones[name]), "revision": revision}
-            for name, revision in revisions.items()
-        },
-        "prompts": {"n": len(ids), "digest": provenance.digest(ids)},
-        "images": {
-            "n": len(made),
-            "seconds": round(sum(image["seconds"] for image in made), 1),
-            "seeds": sorted({image["seed"] for image in made}),
-        },
-        "runs": provenance.distinct([record for manifest in base + images for record in manifest["provenance"]]),
+        "models": made,
+        "prompts": {"n": len(ids), "digest": digest(ids)},
+        "images": {"n": images, "seconds": round(seconds, 1), "seeds": sorted(seeds)},
+        "runs": list(runs.values()),
     }
-    write_json(layout.provenance(config), provenance.record(config, **facts))
+    path, record = layout.provenance(config), provenance.record(config, **facts)
+    Provenance.of(record, path)
+    write_json(path, record)
+
+
+def _manifests(config: Config) -> Iterator[Manifest]:
+    """All manifests of base latents, then those of images, one at a time."""
+    for base in layout.base_sets(config):
+        for path in layout.base_shards(config, base):
+            yield Manifest.of(read_manifest(path, "base"), path)
+    for images in config.image_sets():
+        for path in layout.image_shards(config, images):
+            yield Manifest.of(read_manifest(path, "images"), path)

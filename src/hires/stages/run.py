@@ -9,6 +9,7 @@ from hires.devices import locked_device
 from hires.provenance import store_config
 from hires.stages import (
     base,
+    checksums,
     features,
     images,
     metrics,
@@ -56,6 +57,7 @@ def _run(config: Config) -> None:
         if _old([layout.notebook(config, name)], [changed, *tables, notebook.NOTEBOOKS / f"{name}.ipynb"]):
             notebook.run(config, name)
     report.run(config)
+    checksums.run(config)
 
 
 def _make(config: Config, backbone: str, device: str) -> None:
