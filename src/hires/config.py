@@ -13,18 +13,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from hires.errors import HiresError, unknown
+from hires.errors import HiresError, redacted, unknown
 from hires.settings import Sampling
 from hires.sizes import check_multiple, parse_size, stage_sizes
+from hires.untrusted import read_yaml
 from hires.variants import VARIANTS, Variant
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"  # one expression for schema, file names and Snakemake wildcards
-SIZE = r"[1-9][0-9]*x[1-9][0-9]*"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # one expression for schema, file names and Snakemake wildcards
+SIZE = r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}"
 HINTS = {  # what a pattern means, for the error and the README
-    f"^{NAME}$": "letters, digits and . _ + -, starting with a letter or digit",
+    f"^{NAME}$": "letters, digits and . _ + -, starting with a letter or digit, at most 100",
     f"^{SIZE}$": "height x width in pixels, such as 512x768",
     "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
 }
@@ -363,45 +363,41 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     data = _read(Path(path), ())
     if overrides:
         data = _merge(data, overrides, Config)
+    _check_secrets(data)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise HiresError(f"{path}: {_one_line(error)}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """yaml.safe_load that refuses a key given twice instead of keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _check_secrets(value: Any) -> None:
+    """A configuration is stored beside its results and shown in the report."""
+    if isinstance(value, Mapping | list):
+        for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            _check_secrets(part)
+    elif isinstance(value, str) and redacted(value) != value:
+        raise HiresError(f"{value!r}: a token or password has no place in a configuration: use hf auth login")
 
 
 def _read(path: Path, chain: tuple[Path, ...], model: type[Section] = Config) -> dict[str, Any]:
-    if path.resolve() in chain:
-        raise HiresError(f"{path}: extends itself, by way of {chain[-1].name}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        here = path.resolve()
+        if here in chain:
+            raise HiresError(f"{path}: extends itself, by way of {chain[-1].name}")
+        data = read_yaml(path)
+    except HiresError:
+        raise
     except FileNotFoundError:
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no .yaml files"
         named = f" (named by extends in {chain[-1].name})" if chain else ""
         raise HiresError(f"configuration {path}{named} does not exist; {path.parent} holds: {others}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a name that can't be one, links in a circle
         raise HiresError(f"configuration {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise HiresError(f"{path}, line {line}: {error.problem}; the file must be YAML") from None
-    except yaml.YAMLError as error:
-        raise HiresError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         given = "empty" if data is None else f"a {type(data).__name__}"
         raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(model))}), but it is {given}")
     if isinstance(data.get("extends"), str):
-        data = _merge(_read(path.parent / data["extends"], (*chain, path.resolve())), data, Config)
+        data = _merge(_read(path.parent / data["extends"], (*chain, here)), data, Config)
     return data
 
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hires import __version__
 from hires.config import Config
-from hires.errors import HiresError
+from hires.errors import HiresError, printable
 from hires.settings import Sampling
 from hires.storage import sha256
+from hires.untrusted import BROKEN, FORMATS, parse_json, read_picture
 from hires.variants import Variant, variant
 
 if TYPE_CHECKING:
@@ -69,15 +70,15 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise HiresError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; give a PNG or TIFF file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             kind = image.format
             text = image.getexif().get(IMAGE_DESCRIPTION) if kind == "TIFF" else image.info.get("parameters")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise HiresError(f"{path}: {_reason(error)}; give a PNG or TIFF file") from None
     if kind not in ("PNG", "TIFF"):
         raise HiresError(f"{path}: a {kind} file carries no record; give the PNG or TIFF that hires wrote")
     try:
-        record = json.loads(text or "")
+        record = parse_json(text or "")
     except ValueError:
         record = None
     if not isinstance(record, dict):
@@ -91,7 +92,7 @@ def describe(record: Mapping[str, Any]) -> str:
     lines = []
     for name, value in record.items():
         if isinstance(value, dict) and value:
-            lines += [name, *(f"  {line}" for line in _aligned(value))]
+            lines += [printable(name), *(f"  {line}" for line in _aligned(value))]
         elif value not in (None, {}):
             lines += _aligned({name: value})
     return "\n".join(lines)
@@ -99,7 +100,7 @@ def describe(record: Mapping[str, Any]) -> str:
 
 def _aligned(values: Mapping[str, Any], width: int = 14) -> list[str]:
     width = max(width, *(len(name) for name in values))
-    return [f"{name:<{width}}  {_told(value)}" for name, value in values.items() if value is not None]
+    return [f"{printable(name):<{width}}  {_told(value)}" for name, value in values.items() if value is not None]
 
 
 def _told(value: Any) -> str:
@@ -192,9 +193,9 @@ def own_picture(recipe: Recipe, path: Path | None) -> Image.Image | None:
         found = sha256(path)
         if found != recipe.image.sha256:
             raise HiresError(f"--image {path}: sha256 {found}, but the record says {recipe.image.sha256}")
-        return Image.open(path).convert("RGB")
     except OSError as error:
         raise HiresError(f"--image {path}: {_reason(error)}") from None
+    return read_picture(path, f"--image {path}")
 
 
 def load(recipe: Recipe, model: str | None = None, device: str | None = None) -> "Backbone":

@@ -5,7 +5,8 @@ side is a multiple of `multiple` pixels; stages double, and the last one grows b
 A base of less than half or more than twice the training area is none: such a target is refused.
 """
 
-from math import gcd
+import re
+from math import gcd, isqrt
 from typing import Literal
 
 from hires.errors import HiresError
@@ -23,7 +24,8 @@ def base_size(height: int, width: int, base_resolution: int, multiple: int) -> S
     n = gcd(height, width) // multiple
     p, q = height // n, width // n
     area = base_resolution**2
-    k = min(range(1, n + 1), key=lambda k: abs(k * k * p * q - area))
+    below = isqrt(area // (p * q))
+    k = min((min(max(k, 1), n) for k in (below, below + 1)), key=lambda k: abs(k * k * p * q - area))
     return (k * p, k * q) if area <= 2 * k * k * p * q <= 4 * area else None
 
 
@@ -53,8 +55,17 @@ def stage_sizes(
 
 
 def nearest_sizes(height: int, width: int, base_resolution: int, multiple: int) -> tuple[Size, Size]:
-    """The two allowed sizes nearest to (height, width) by Euclidean distance in pixels."""
-    reach = base_resolution
+    """The two allowed sizes nearest to (height, width) by Euclidean distance in pixels; HiresError where none is."""
+    if multiple**2 > 2 * base_resolution**2:
+        raise HiresError(
+            f"no size is a multiple of {multiple} px with a base near {base_resolution}x{base_resolution}: lower "
+            "size_multiple, or raise base_resolution"
+        )
+
+    def distance(size: Size) -> int:
+        return (size[0] - height) ** 2 + (size[1] - width) ** 2
+
+    reach = multiple
     while True:
         found = [
             (h, w)
@@ -62,9 +73,9 @@ def nearest_sizes(height: int, width: int, base_resolution: int, multiple: int) 
             for w in _multiples(width, reach, multiple)
             if base_size(h, w, base_resolution, multiple)
         ]
-        if len(found) > 1:
-            first, second = sorted(found, key=lambda s: ((s[0] - height) ** 2 + (s[1] - width) ** 2, s))[:2]
-            return first, second
+        nearest = sorted(found, key=lambda size: (distance(size), size))[:2]
+        if len(nearest) == 2 and distance(nearest[1]) <= reach**2:
+            return nearest[0], nearest[1]
         reach *= 2
 
 
@@ -85,7 +96,7 @@ def check_multiple(height: int, width: int, multiple: int) -> None:
 def parse_size(text: str) -> Size:
     """ "512" -> (512, 512), "512x768" -> (512, 768): height x width in pixels."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
         raise HiresError(f"size {text!r}: give HEIGHTxWIDTH in pixels, for example 512x768, or one side of a square")
     return int(sides[0]), int(sides[-1])
 

@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("ab") as held:
+        with open(temporary, "ab", opener=_no_link) as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 ours = os.path.samestat(os.fstat(held.fileno()), temporary.stat())
@@ -49,6 +49,10 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise HiresError(f"cannot write {path}: {_reason(error)}; finished work is kept: {_mend(error)}") from error
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _reason(error: OSError) -> str:

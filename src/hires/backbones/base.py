@@ -1,7 +1,6 @@
 """What the cascade needs to know about a model family, on the user's own diffusers pipeline."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.settings import Sampling
+from hires.untrusted import read_hints
 
 Conditioning = dict[str, Tensor]  # every tensor has the batch first
 
@@ -243,17 +243,3 @@ class Backbone(ABC):
             vae.use_tiling = was_tiled
             if upcast:
                 vae.to(dtype)
-
-
-def read_hints(folder: Path) -> dict[str, Any]:
-    """What `hires.json` in a model folder says about its training size, size rule and sampling; {} without one."""
-    path = folder / "hires.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def read_json(path: Path) -> Any:
-    """The value of a model folder's JSON file; HiresError where it is none."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise HiresError(f"{path} is not JSON ({error}): fetch the model again") from None

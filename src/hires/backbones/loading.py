@@ -14,13 +14,15 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from hires.backbones.base import Backbone, read_hints, read_json
+from hires.backbones.base import Backbone
 from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
 from hires.hub import download_pipeline
 from hires.models import ASSETS, HINTS, build_pipeline
 from hires.oom import exhausted
+from hires.untrusted import parse_json, read_hints, read_table
 
+HEADER = 100_000_000  # bytes, as the format allows
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -111,10 +113,7 @@ def locate(name: str) -> Path | str:
 def check_folder(folder: Path) -> type[Backbone]:
     """The family of a diffusers folder; HiresError where a part is missing, cut short, or of no known family."""
     index = _model_index(folder)
-    class_name = index["_class_name"]
-    families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
-    if class_name not in families:
-        raise HiresError(f"{folder} holds a {class_name}: allowed: {', '.join(families)}")
+    family = _family(folder, index)
     for component, (library, part_class) in _components(index):
         part = folder / component
         if library is None or part_class is None:
@@ -122,7 +121,7 @@ def check_folder(folder: Path) -> type[Backbone]:
         if not part.is_dir():
             raise HiresError(f"{folder}: the folder of {component!r} is missing")
         for file in sorted(part.glob("*.json")):
-            read_json(file)
+            read_table(file)
         known = _class(library, part_class)
         needed = _configuration(known)
         if not (part / needed).is_file():
@@ -135,11 +134,23 @@ def check_folder(folder: Path) -> type[Backbone]:
                 raise HiresError(f"{part} has no *.safetensors weights; other formats are not read")
             for file in files:
                 _check_whole(file)
-    return families[class_name]
+    return family
+
+
+def _family(folder: Path, index: dict[str, Any]) -> type[Backbone]:
+    families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
+    name = str(index.get("_class_name"))
+    if name not in families:
+        raise HiresError(f"{folder} holds a {name}: allowed: {', '.join(families)}")
+    return families[name]
 
 
 def _class(library: str, name: str) -> Any:
-    return getattr(diffusers if library == "diffusers" else transformers, name)
+    """The class of a component; what is neither diffusers' nor transformers' own would need code of the folder's."""
+    known = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
+    if not isinstance(known, type):
+        raise HiresError(f"component {library}.{name}: no class of diffusers or transformers; other code is not run")
+    return known
 
 
 def _configuration(known: Any) -> str:
@@ -166,19 +177,25 @@ def _model_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
     if not path.is_file():
         raise HiresError(f"{folder} is no diffusers folder: it has no model_index.json")
-    return read_json(path)
+    return read_table(path)
 
 
 def _components(index: dict[str, Any]) -> list[tuple[str, tuple[str | None, str | None]]]:
-    return [(name, (value[0], value[1])) for name, value in index.items() if isinstance(value, list)]
+    components = [(name, value) for name, value in index.items() if isinstance(value, list)]
+    for name, value in components:
+        if not name.isidentifier() or len(value) != 2 or not all(isinstance(v, str | None) for v in value):
+            raise HiresError(f"model_index.json: {name!r}: {value}: must be a name: [library, class]")
+    return [(name, (value[0], value[1])) for name, value in components]
 
 
 def _weight_files(part: Path) -> list[Path]:
     """Weight files of a component: the shards that its index names, or every safetensors file."""
     files = set(part.glob("*.safetensors"))
     for index in part.glob("*.safetensors.index.json"):
-        shards = read_json(index)["weight_map"].values()
-        files |= {part / shard for shard in shards}
+        shards = read_table(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+            raise HiresError(f"{index}: must say in weight_map which file beside it holds which tensor")
+        files |= {part / shard for shard in shards.values()}
     return sorted(files)
 
 
@@ -190,9 +207,13 @@ def _check_whole(file: Path) -> None:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, size)))
+            if length > HEADER:
+                raise HiresError(f"weight file {file}: a header of {length} bytes, at most {HEADER}")
+            header = parse_json(stream.read(length))
         needed = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError):
+    except HiresError:
+        raise
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError):
         raise HiresError(f"weight file {file} is cut short or no safetensors file: fetch the model again") from None
     if size != needed:
         raise HiresError(f"weight file {file} is cut short: {size} of {needed} bytes: fetch the model again")
@@ -222,10 +243,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
     if not folder.is_dir():
         raise unknown("model with random weights", name, [*HINTS, *(path.name for path in CONFIGS.iterdir())])
     index = _model_index(folder)
-    families = {family.pipeline_class.__name__: family for family in Backbone.families.values()}
-    if index["_class_name"] not in families:
-        raise HiresError(f"{folder} holds a {index['_class_name']}: allowed: {', '.join(families)}")
-    family = families[index["_class_name"]]
+    family = _family(folder, index)
     dtype = dtype or _default_dtype(family, device, folder)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -34,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from PIL import Image, PngImagePlugin, UnidentifiedImageError
+    from PIL import PngImagePlugin
 
     from hires.settings import Sampling
     from hires.sizes import parse_size
     from hires.storage import replacing, sha256
+    from hires.untrusted import read_picture
 
     height, width = parse_size(args.size)
     chosen = variant(args.variant)
@@ -49,11 +50,8 @@ def run(args: argparse.Namespace) -> None:
         raise HiresError(f"--out {args.out}: the folder {args.out.parent} does not exist")
     image, picture = None, None
     if args.image:
-        try:
-            image = Image.open(args.image).convert("RGB")
-            picture = {"file": Path(args.image).name, "sha256": sha256(Path(args.image))}
-        except (OSError, UnidentifiedImageError) as error:
-            raise HiresError(f"--image {args.image}: {error}") from None
+        image = read_picture(args.image, f"--image {args.image}")
+        picture = {"file": args.image.name, "sha256": sha256(args.image)}
 
     from hires.backbones import load  # seconds to import: not for an argument that is wrong anyway
     from hires.cascade import Stage, decode

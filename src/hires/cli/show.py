@@ -35,20 +35,19 @@ def run(args: argparse.Namespace) -> int:
     for name in ("image", "model", "config", "device"):
         if getattr(args, name):
             raise HiresError(f"--{name} goes with --again OUT.png, which makes the image once more")
-    print(json.dumps(record, indent=1, ensure_ascii=False) if args.json else describe(record))
+    print(json.dumps(record, indent=1) if args.json else describe(record))
     return 0
 
 
 def again(args: argparse.Namespace, record: dict) -> int:
     """Make the image of `record` once more; 0 where its pixels are those of the file, else 1."""
-    from PIL import Image
-
     from hires import records
     from hires.cli.generate import ProgressBar
     from hires.config import load_config
     from hires.provenance import read_stored
     from hires.stages.images import encode
     from hires.storage import write_bytes
+    from hires.untrusted import read_picture
 
     if args.again.suffix.lower() != ".png":
         raise HiresError(f"--again {args.again}: give a name that ends with .png")
@@ -63,10 +62,7 @@ def again(args: argparse.Namespace, record: dict) -> int:
         config = read_stored(place)
     recipe = records.recipe(record, config)
     picture = records.own_picture(recipe, args.image)
-    try:
-        former = Image.open(args.file).convert("RGB")
-    except OSError as error:
-        raise HiresError(f"{args.file}: {error}: its pixels can't be compared") from None
+    former = read_picture(args.file, args.file)
 
     if config is not None:  # another number of threads may move the last bits
         import torch

@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from hires.errors import HiresError
 from hires.scenes import COLOURS, parse
 from hires.storage import Damaged
+from hires.untrusted import read_picture
 
 BANDS = {"low": (1 / 8, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 1.0)}  # fractions of the Nyquist frequency
 LOW = 16  # parts a side of an image's low band
@@ -171,7 +172,7 @@ def _decode(source: Source) -> tuple[Tensor, str]:
         if source.sha256 not in (None, digest):
             raise Damaged(f"{source.image} is damaged: it is not what its manifest says")
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Damaged(f"{source.image} is damaged: no image ({' '.join(str(error).split())})") from None
+            image = read_picture(io.BytesIO(data), source.image)
+        except HiresError as error:
+            raise Damaged(f"{source.image} is damaged: {error}") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), digest

@@ -1,6 +1,5 @@
 """What a configuration will make and about how long it takes: counted from the configuration, no model is loaded."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
+from hires.untrusted import read_hints
 from hires.variants import Variant
 
 # Seconds on one CPU core, float32, one image: area in pixels -> seconds. A step of tiny-sdxl is two model calls (CFG);
@@ -115,7 +115,7 @@ def _own(entry: BackboneEntry) -> Sampling:
     """What the model itself says: its folder's hires.json, its builder, or the papers."""
     for folder in (Path(__file__).parent.parent / "assets" / entry.model, Path(entry.model).expanduser()):
         if (folder / "hires.json").is_file():
-            return Sampling.of(**json.loads((folder / "hires.json").read_text()).get("sampling", {}))
+            return Sampling.of(**read_hints(folder).get("sampling", {}))
     if entry.model in STEP:
         from hires.models import HINTS
 

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from hires.errors import HiresError
 from hires.training.data import Views, draw_views, normalised
+from hires.untrusted import picture_size, read_picture
 
+LONGEST = 1 << 16  # bytes of a caption
+LARGEST = 1 << 28  # bytes of a member of a shard
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -97,10 +99,9 @@ class Collection:
         epoch, place = divmod(number, len(self.entries))
         entry = self.entries[_order(len(self.entries), seed_of(self.seed, epoch, 1))[place]]
         try:
-            with Image.open(entry.open()) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError) as error:  # PIL's word for a broken PNG
-            raise HiresError(f"image {entry.name} can't be read ({error}): mend or remove it") from None
+            image = read_picture(entry.open(), f"image {entry.name}", upright=True)
+        except HiresError as error:
+            raise HiresError(f"{error}: mend or remove it") from None
         rng = np.random.default_rng(seed_of(self.seed, number))
         left, top = (int(rng.integers(side - self.size + 1)) for side in image.size)
         crop = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
@@ -167,10 +168,16 @@ def _folder(path: Path) -> list[Entry]:
     table = path / "metadata.csv"
     if not table.is_file():
         return [Entry(str(file), _File(file), _beside(file)) for file in images]
-    rows = csv.DictReader(io.StringIO(_decoded(table.read_bytes(), str(table)), newline=""))
-    if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-        raise HiresError(f"{table}: needs the columns file_name and text, has {', '.join(rows.fieldnames or ())}")
-    captions = {row["file_name"]: row["text"] for row in rows}
+    rows = csv.DictReader(io.StringIO(_decoded(table.read_bytes(), str(table)), newline=""), restval="")
+    try:
+        if not {"file_name", "text"} <= set(rows.fieldnames or ()):
+            raise HiresError(f"{table}: needs the columns file_name and text, has {', '.join(rows.fieldnames or ())}")
+        captions = {row["file_name"]: row["text"] for row in rows}
+    except csv.Error as error:
+        raise HiresError(f"{table}, line {rows.line_num}: {error}") from None
+    outside = [name for name in captions if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise HiresError(f"{table}: {outside[0]} is not a file name inside {path}")
     missing = [name for name in captions if not (path / name).is_file()]
     if missing:
         raise HiresError(
@@ -183,7 +190,13 @@ def _beside(image: Path) -> str:
     text = image.with_suffix(".txt")
     if not text.is_file():
         raise HiresError(f"image {image} has no caption: write {text.name} beside it, or metadata.csv")
-    return _decoded(text.read_bytes(), str(text)).strip()
+    return _caption(text.read_bytes(), str(text))
+
+
+def _caption(data: bytes, name: str) -> str:
+    if len(data) > LONGEST:
+        raise HiresError(f"{name}: {len(data)} bytes are no caption: at most {LONGEST}")
+    return _decoded(data, name).strip()
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -197,8 +210,12 @@ def _shard(path: Path) -> list[Entry]:
     """A webdataset sample is what stands under one key, the name up to its first dot."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:") as archive:  # not compressed: members are read where they lie
             for member in archive:
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    continue  # a link or a device
+                if member.size > LARGEST:
+                    raise HiresError(f"shard {path}: {member.name} has {member.size} bytes, at most {LARGEST}")
                 folder, _, name = member.name.rpartition("/")
                 key, dot, suffix = name.partition(".")
                 samples[f"{folder}/{key}"][f"{dot}{suffix.lower()}"] = member
@@ -213,17 +230,16 @@ def _shard(path: Path) -> list[Entry]:
         if ".txt" not in members:
             raise HiresError(f"image {name} has no caption: its key {key.lstrip('/')} needs a .txt member")
         picture, text = (_Member(path, members[s].offset_data, members[s].size) for s in (image, ".txt"))
-        caption = _decoded(text().read(), f"{path}:{members['.txt'].name}").strip()
+        caption = _caption(text().read(), f"{path}:{members['.txt'].name}")
         entries.append(Entry(name, picture, caption))
     return entries
 
 
 def _check_size(entry: Entry, size: int) -> None:
     try:
-        with Image.open(entry.open()) as file:
-            width, height = file.size
-    except (OSError, UnidentifiedImageError) as error:
-        raise HiresError(f"image {entry.name} can't be read ({error}): mend or remove it") from None
+        width, height = picture_size(entry.open(), f"image {entry.name}")
+    except HiresError as error:
+        raise HiresError(f"{error}: mend or remove it") from None
     if min(width, height) < size:
         raise HiresError(
             f"image {entry.name} is {width}x{height}: smaller than the crops of {size}; remove it or lower size"
