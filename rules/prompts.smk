@@ -33,6 +33,7 @@ rule references:
     params:
         version=VERSIONS["references"],
         sizes=layout.references(CONFIG),
+        reads=reads("prompts/private_addresses"),
         config=CONFIG_FILE,
     message:
         "Reference images of {wildcards.height}x{wildcards.width}"

@@ -381,12 +381,12 @@ def test_photographs_are_cut_around_their_centre(server):
     pixels[:, 20:80] = (200, 100, 50)
     Image.fromarray(pixels).save(folder / "wide.png")
     (folder / "page.html").write_text("no image")
-    found = references.reference(f"{address}/wide.png", 30, 30)
+    found = references.reference(f"{address}/wide.png", 30, 30, private=True)
     assert found.size == (30, 30)
     assert np.abs(np.asarray(found)[:, 2:-2].astype(int) - (200, 100, 50)).max() <= 1
-    assert references.reference(f"{address}/wide.png", 20, 40).size == (40, 20)
-    assert references.reference(f"{address}/gone.png", 30, 30) is None
-    assert references.reference(f"{address}/page.html", 30, 30) is None
+    assert references.reference(f"{address}/wide.png", 20, 40, private=True).size == (40, 20)
+    assert references.reference(f"{address}/gone.png", 30, 30, private=True) is None
+    assert references.reference(f"{address}/page.html", 30, 30, private=True) is None
     assert references.reference("no address", 30, 30) is None
 
 

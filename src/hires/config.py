@@ -103,6 +103,9 @@ class Prompts(Section):
     seed: int = Field(0, ge=0, description="another seed draws another list")
     columns: Columns = Field(default_factory=Columns, description="column names of the source")
     filters: Filters = Field(default_factory=Filters, description="which rows may be drawn")
+    private_addresses: bool = Field(
+        False, description="fetch reference images from addresses of the local network too, such as your own server"
+    )
     scenes: ScenePool = Field(default_factory=ScenePool, description="size of the embedded source")
 
 

@@ -105,7 +105,7 @@ def read_yaml(path: Path) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise HiresError(f"{path}, line {line}: {error.problem}; the file must be YAML") from None
     except UnicodeDecodeError as error:
-        raise HiresError(f"{path}: not UTF-8 ({error}): convert it") from None
+        raise HiresError(f"{path} can't be read as UTF-8 ({error}): convert it") from None
     except RecursionError:
         raise HiresError(f"{path}: nested too deep") from None
     except Exception as error:  # a scalar that isn't what its tag says raises anything

@@ -4,17 +4,18 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from hires import __version__, layout, provenance, shards
+from hires import layout, provenance, shards
 from hires.config import Config
-from hires.errors import HiresError, unknown
+from hires.download import fetch
+from hires.errors import HiresError, redacted, unknown
 from hires.shards import Item
 from hires.stages import VERSIONS
 from hires.stages.images import encode
 from hires.storage import digest
+from hires.untrusted import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,10 @@ def run(config: Config, height: int, width: int) -> None:
         made.append(sum(_make(config, todo, height, width)))
         there = [item for item in items if item.finished()]
         if not there:
-            raise HiresError(f"none of the {len(items)} addresses of the prompts gave an image: is the network there?")
+            raise HiresError(
+                f"none of the {len(items)} addresses of the prompts gave an image: is the network there? Your own "
+                "server is asked with prompts.private_addresses = true"
+            )
         head["missing"] = [item.prompt.id for item in items if item not in there]
         shards.write_manifest(layout.reference_manifest(config, height, width), head, "images", there)
 
@@ -52,18 +56,22 @@ def _make(config: Config, items: Sequence[Item], height: int, width: int) -> lis
     origin = provenance.record(config)
 
     def make(item: Item) -> bool:
-        picture = reference(item.prompt.url or "", height, width)
+        url = item.prompt.url or ""
+        picture = reference(url, height, width, config.prompts.private_addresses)
         if picture is None:
             return False
-        item.finish(encode(picture, "png", {"url": item.prompt.url}), provenance=origin)
+        item.finish(encode(picture, "png", {"url": redacted(url)}), provenance=origin)
         return True
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         return list(tqdm(pool.map(make, items), total=len(items), desc="references", unit="image", disable=None))
 
 
-def reference(url: str, height: int, width: int) -> "Image.Image | None":
-    """The image at `scene://<id>`, or at a web address, at height × width pixels; None where nothing answers."""
+def reference(url: str, height: int, width: int, private: bool = False) -> "Image.Image | None":
+    """The image at `scene://<id>`, or at a web address, at height × width pixels; None where nothing answers.
+
+    `private`: as of `hires.download.fetch`.
+    """
     if url.startswith("scene:"):
         from hires.scenes import reference_image, view_of_url
 
@@ -71,9 +79,11 @@ def reference(url: str, height: int, width: int) -> "Image.Image | None":
         return reference_image(scene_id, height, width, camera)
     from PIL import Image, ImageOps
 
+    content = fetch(url, private)
+    if content is None:
+        return None
     try:
-        with urlopen(Request(url, headers={"User-Agent": f"hires/{__version__}"}), timeout=30) as answer:
-            picture = Image.open(io.BytesIO(answer.read())).convert("RGB")
-    except (OSError, ValueError):  # no answer, no such address, no image
+        picture = read_picture(io.BytesIO(content), url)
+    except HiresError:  # no image
         return None
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
