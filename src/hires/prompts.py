@@ -3,9 +3,11 @@
 Which rows are drawn depends on the seed and the rows alone, never on their order, the files, or the row groups they
 lie in: every row has a rank, a hash of (seed, id), and the n smallest ranks win. A smaller n draws the first of the
 same list. Files are read in batches, so memory stays flat but for 8 bytes a row, which find captions that stand twice.
+A small file that unfolds to a huge one is read in smaller batches, or refused.
 """
 
 import json
+import re
 import sys
 from array import array
 from collections import Counter
@@ -24,8 +26,12 @@ import pyarrow.parquet as pq
 from hires import parquet
 from hires.config import Columns, Filters, Prompts
 from hires.errors import HiresError
+from hires.storage import Damaged
 
 BATCH = 32768  # rows decoded at once
+BUDGET = 64 << 20  # bytes that dictionary-encoded text may take in a batch
+UNPACKED = 1 << 30  # bytes of a row group's columns after decompression
+LONGEST = 1 << 16  # bytes of a caption, address or key; a row with a longer one is dropped
 LONG = 300  # characters; CLIP's 77 tokens end about there
 METADATA = b"hires"
 
@@ -59,7 +65,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts that `draw_prompts` wrote, in order."""
     if not Path(path).is_file():
         raise HiresError(f"{path} does not exist: draw the prompts first (hires prompts)")
-    return [Prompt(**row) for row in parquet.read(Path(path), SCHEMA.names).select(SCHEMA.names).to_pylist()]
+    rows = parquet.read(Path(path), SCHEMA.names).select(SCHEMA.names).to_pylist()
+    for row in rows:  # ids become file names
+        if not (isinstance(row["prompt"], str) and re.fullmatch("[0-9a-f]{1,64}", row["id"] or "")):
+            raise Damaged(f"{path} is damaged: no id of ours is {row['id']!r}")
+    return [Prompt(**row) for row in rows]
 
 
 def read_counts(path: str | Path) -> dict[str, Any]:
@@ -188,6 +198,11 @@ def _filter(batch: pa.Table, filters: Filters, dropped: Counter[str]) -> pa.Tabl
     before = batch.num_rows
     batch = batch.filter(pc.is_valid(batch["text"]))
     dropped["null_caption"] += before - batch.num_rows
+    lengths = [pc.fill_null(pc.binary_length(batch[name]), 0) for name in ("text", "url", "hash")]
+    short = batch.filter(pc.less_equal(pc.max_element_wise(*lengths), LONGEST))
+    if short.num_rows < batch.num_rows:
+        dropped["too_long"] += batch.num_rows - short.num_rows
+        batch = short
     for name in _active(filters):
         before = batch.num_rows
         batch = batch.filter(_FILTERS[name][1](batch, getattr(filters, name)))
@@ -201,10 +216,31 @@ def _batches(files: list[Path], settings: Prompts) -> Iterator[pa.Table]:
         try:
             with pq.ParquetFile(file, buffer_size=1 << 20) as opened:
                 columns = _resolve(file, opened.schema_arrow.names, settings.columns, settings.filters)
-                for batch in opened.iter_batches(BATCH, columns=list(columns.values())):
-                    yield _renamed(file, batch, columns)
+                wanted = list(dict.fromkeys(columns.values()))
+                for group in range(opened.num_row_groups):
+                    rows = _batch_size(file, opened, group, wanted)
+                    for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted):
+                        yield _renamed(file, batch, columns)
         except (pa.ArrowException, OSError) as error:
             raise HiresError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from None
+
+
+def _batch_size(file: Path, opened: pq.ParquetFile, group: int, columns: list[str]) -> int:
+    """Rows of a row group that can be decoded at once: the largest entry of a dictionary may stand in each of them."""
+    chunks = [opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema in columns]
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if unpacked > UNPACKED:
+        raise HiresError(
+            f"{file}: row group {group} unpacks to {unpacked >> 20} MiB, at most {UNPACKED >> 20}: write the file with "
+            "smaller row groups"
+        )
+    texts = [chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
+    with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=texts) as encoded:
+        first = next(encoded.iter_batches(1, row_groups=[group], columns=texts), None)
+    entries = [column.dictionary for column in first.columns] if first else []
+    longest = max((pc.max(pc.binary_length(entry)).as_py() or 0 for entry in entries), default=0)
+    return max(1, min(BATCH, BUDGET // max(longest, 1)))
 
 
 def _renamed(file: Path, batch: pa.RecordBatch, columns: dict[str, str]) -> pa.Table:
@@ -225,9 +261,13 @@ def _renamed(file: Path, batch: pa.RecordBatch, columns: dict[str, str]) -> pa.T
 
 
 def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    if kind == pa.int64():  # some subsets store sizes as floating point
-        return pc.cast(pc.floor(pc.cast(column, pa.float64())), pa.int64(), safe=True)
-    return pc.cast(column, kind)
+    if kind == pa.int64():  # some subsets store sizes as floating point, with NaN where there is none
+        sides = pc.floor(pc.cast(column, pa.float64()))
+        sound = pc.and_(pc.greater_equal(sides, 0), pc.less(sides, 1 << 31))
+        return pc.cast(pc.if_else(sound, sides, pa.scalar(None, pa.float64())), pa.int64())
+    column = pc.cast(column, kind)
+    column.validate(full=True)  # text is UTF-8
+    return column
 
 
 def _resolve(file: Path, names: list[str], columns: Columns, filters: Filters) -> dict[str, str]:
@@ -240,7 +280,8 @@ def _resolve(file: Path, names: list[str], columns: Columns, filters: Filters) -
         wanted = getattr(columns, ours)
         if wanted is None:
             continue
-        same = [wanted] if wanted in names else [name for name in names if name.casefold() == wanted.casefold()]
+        same = [name for name in names if name == wanted]
+        same = same or [name for name in names if name.casefold() == wanted.casefold()]
         if len(same) > 1:
             raise HiresError(f"{file}: prompts.columns.{ours} = {wanted!r} fits {', '.join(same)}; write one of them")
         if same:
