@@ -65,9 +65,9 @@ def _decoding(name: object) -> Iterator[None]:
     except HiresError:
         raise
     except Image.UnidentifiedImageError:
-        raise HiresError(f"{name}: no image, or a broken one: allowed: {', '.join(FORMATS)}") from None
+        raise HiresError(f"{name} can't be read (no image, or a broken one; allowed: {', '.join(FORMATS)})") from None
     except (Image.DecompressionBombError, *BROKEN) as error:
-        raise HiresError(f"{name}: can't be read ({getattr(error, 'strerror', None) or error})") from None
+        raise HiresError(f"{name} can't be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 class _Loader(yaml.SafeLoader):
