@@ -269,7 +269,7 @@ def _random_component(
     known = _class(library, class_name)
     config = part / "config.json"
     if part.parent.parent == CONFIGS and hasattr(known, "vocab_files_names"):
-        length = read_json(part / "tokenizer_config.json")["model_max_length"]
+        length = read_table(part / "tokenizer_config.json")["model_max_length"]
         return known.from_pretrained(ASSETS / f"tiny-{family}" / part.name, model_max_length=length)
     if not config.is_file():
         return known.from_pretrained(part)
