@@ -6,9 +6,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig
+from tiny_flux2 import build_transformer
 
 from hires.attention import attention_layers, draw_shifts, use_attention
 from hires.errors import HiresError
@@ -31,6 +32,12 @@ def flux():
         axes_dims_rope=(8, 12, 12),
     )
     return lively(model)
+
+
+@pytest.fixture(scope="module")
+def flux2():
+    torch.manual_seed(2)
+    return lively(build_transformer(in_channels=8, num_layers=2, joint_attention_dim=16))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,10 @@ def unet():
 def lively(model):
     """Larger query and key weights: at their initial size attention is a mean, and windows would hardly show."""
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("to_q.w", "to_k.w", "add_q_proj.w", "add_k_proj.w")) and "attn2" not in name:
+        if (
+            any(part in name for part in ("to_q.w", "to_k.w", "add_q_proj.w", "add_k_proj.w", "qkv_mlp"))
+            and "attn2" not in name
+        ):
             parameter.data *= 6
     return model.double().eval().requires_grad_(False)
 
@@ -82,6 +92,14 @@ def flux_inputs(size, batch=2, text=5, seed=0):
     }
 
 
+def flux2_inputs(size, batch=2, text=5, seed=0):
+    inputs = flux_inputs(size, batch, text, seed)
+    del inputs["pooled_projections"], inputs["guidance"]
+    inputs["img_ids"] = torch.nn.functional.pad(inputs["img_ids"], (0, 1))
+    inputs["txt_ids"] = torch.nn.functional.pad(torch.arange(text, dtype=F64)[:, None], (3, 0))
+    return inputs
+
+
 def unet_inputs(size, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,7 +115,13 @@ def unet_inputs(size, batch=2, seed=0):
     }
 
 
-MAKE = {"flux": flux_inputs, "unet": unet_inputs}
+MAKE = {"flux": flux_inputs, "flux2": flux2_inputs, "unet": unet_inputs}
+
+
+@pytest.fixture(params=["flux", "flux2"])
+def joint(request):
+    """A model of joint attention, and what makes its inputs."""
+    return request.getfixturevalue(request.param), MAKE[request.param]
 
 
 def run(model, inputs):
@@ -134,8 +158,11 @@ def turn(x, table):
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * factor).flatten(-2)
 
 
-def patchwise(query, key, value, grid, window, text=None, tables=None):
-    """One sample, image tensors (tokens, heads, dim) with query and key rotated, text ones not."""
+def patchwise(query, key, value, grid, window, text=None, place=None):
+    """One sample, image tensors (tokens, heads, dim) with query and key rotated, text ones not.
+
+    place: (row, column) -> RoPE tables of the text tokens that stand there.
+    """
     out, text_outs = torch.zeros_like(query), []
     side = [w // 2 for w in window]
     for patch in itertools.product(*(range(math.ceil(g / s)) for g, s in zip(grid, side))):
@@ -150,7 +177,7 @@ def patchwise(query, key, value, grid, window, text=None, tables=None):
         ]
         keys, values = key[seen], value[seen]
         if text is not None:
-            corner = [table[start[0] * grid[1] + start[1]] for table in tables]
+            corner = place(*start)
             keys, values = torch.cat([turn(text[1], corner), keys]), torch.cat([text[2], values])
             text_outs.append(weigh(turn(text[0], corner), keys, values))
         out[tokens] = weigh(query[tokens], keys, values)
@@ -158,29 +185,58 @@ def patchwise(query, key, value, grid, window, text=None, tables=None):
 
 
 class BruteFlux:
-    def __init__(self, grid, window):
-        self.grid, self.window = grid, window
+    """Double and single blocks of FLUX.1, double blocks of FLUX.2."""
+
+    def __init__(self, model, grid, window):
+        self.pos_embed, self.grid, self.window = model.pos_embed, grid, window
+        self.axes = len(model.config.axes_dims_rope)
+
+    def text_tables(self, tokens, row, col):
+        """FLUX.1's text stands at (0, row, column), FLUX.2's at (0, row, column, index)."""
+        return self.pos_embed(torch.tensor([(0, row, col, i)[: self.axes] for i in range(tokens)], dtype=F64))
+
+    def attend(self, heads, text, image_rotary_emb):
+        tables = [table[-self.grid[0] * self.grid[1] :] for table in image_rotary_emb]
+
+        def place(row, col):
+            return self.text_tables(text[0].shape[1], row, col)
+
+        outputs = [
+            patchwise(turn(q, tables), turn(k, tables), v, self.grid, self.window, (tq, tk, tv), place)
+            for q, k, v, tq, tk, tv in zip(*heads, *text)
+        ]
+        return (torch.stack(x).flatten(2) for x in zip(*outputs))
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        tokens = self.grid[0] * self.grid[1]
-        joint = hidden_states
-        heads = [f(joint).unflatten(-1, (attn.heads, -1)) for f in (attn.to_q, attn.to_k, attn.to_v)]
+        heads = [f(hidden_states).unflatten(-1, (attn.heads, -1)) for f in (attn.to_q, attn.to_k, attn.to_v)]
         heads[0], heads[1] = attn.norm_q(heads[0]), attn.norm_k(heads[1])
         if encoder_hidden_states is not None:
             added = [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
             text = [f(encoder_hidden_states).unflatten(-1, (attn.heads, -1)) for f in added]
             text[0], text[1] = attn.norm_added_q(text[0]), attn.norm_added_k(text[1])
         else:
-            text, heads = [x[:, :-tokens] for x in heads], [x[:, -tokens:] for x in heads]
-        tables = [table[-tokens:] for table in image_rotary_emb]
-        outputs = [
-            patchwise(turn(q, tables), turn(k, tables), v, self.grid, self.window, (tq, tk, tv), tables)
-            for q, k, v, tq, tk, tv in zip(*heads, *text)
-        ]
-        image, text = (torch.stack(x).flatten(2) for x in zip(*outputs))
+            heads, text = self.apart(heads)
+        image, text = self.attend(heads, text, image_rotary_emb)
         if encoder_hidden_states is None:
             return torch.cat([text, image], 1)
         return attn.to_out[0](image), attn.to_add_out(text)
+
+    def apart(self, heads):
+        tokens = self.grid[0] * self.grid[1]
+        return [x[:, -tokens:] for x in heads], [x[:, :-tokens] for x in heads]
+
+
+class BruteFlux2Single(BruteFlux):
+    """FLUX.2's single blocks, row by row of the weight that the MLP shares."""
+
+    def __call__(self, attn, hidden_states, attention_mask=None, image_rotary_emb=None):
+        *heads, gate, mlp = attn.to_qkv_mlp_proj(hidden_states).split(
+            [attn.inner_dim] * 3 + [attn.mlp_hidden_dim] * 2, -1
+        )
+        heads = [x.unflatten(-1, (attn.heads, -1)) for x in heads]
+        heads[0], heads[1] = attn.norm_q(heads[0]), attn.norm_k(heads[1])
+        image, text = self.attend(*self.apart(heads), image_rotary_emb)
+        return attn.to_out(torch.cat([torch.cat([text, image], 1), torch.nn.functional.silu(gate) * mlp], -1))
 
 
 class BruteUNet:
@@ -207,9 +263,10 @@ class brute:
 
     def __enter__(self):
         self.former = self.model.attn_processors
-        if isinstance(self.model, FluxTransformer2DModel):
-            halves = (tuple(x // 2 for x in s) for s in (self.size, self.base_size))
-            ours = dict.fromkeys(self.former, BruteFlux(*halves))
+        if isinstance(self.model, FluxTransformer2DModel | Flux2Transformer2DModel):
+            halves = [tuple(x // 2 for x in s) for s in (self.size, self.base_size)]
+            single = BruteFlux2Single if isinstance(self.model, Flux2Transformer2DModel) else BruteFlux
+            ours = {n: (single if "single" in n else BruteFlux)(self.model, *halves) for n in self.former}
         else:
             processor = BruteUNet(self.size, self.base_size)
             ours = {n: processor if "attn1" in n else p for n, p in self.former.items()}
@@ -228,9 +285,9 @@ FLUX_SIZES = [((8, 12), 1), ((8, 12), 2), ((12, 8), 3), ((10, 14), 2)]
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(("base", "s"), FLUX_SIZES)
-def test_flux_npa_is_the_brute_force(flux, base, s, backend):
-    size = base[0] * s, base[1] * s
-    inputs = flux_inputs(size)
+def test_flux_npa_is_the_brute_force(joint, base, s, backend):
+    (flux, make), size = joint, (base[0] * s, base[1] * s)
+    inputs = make(size)
     with brute(flux, size, base):
         expected = run(flux, inputs)
     with use_attention(flux, "npa", size=size, base_size=base, backend=backend):
@@ -240,9 +297,9 @@ def test_flux_npa_is_the_brute_force(flux, base, s, backend):
         assert (given - run(flux, inputs)).abs().max() > 1e-3 * given.abs().max()
 
 
-def test_flux_grid_that_no_patch_divides(flux):
-    size, base = (22, 26), (10, 14)
-    inputs = flux_inputs(size)
+def test_flux_grid_that_no_patch_divides(joint):
+    (flux, make), size, base = joint, (22, 26), (10, 14)
+    inputs = make(size)
     with brute(flux, size, base):
         expected = run(flux, inputs)
     with use_attention(flux, "npa", size=size, base_size=base):
@@ -280,7 +337,8 @@ def test_unet_layers_are_those_that_run_in_their_order(unet, size):
     assert {layer.grid for layer in layers} == {tuple(math.ceil(x / 2**k) for x in size) for k in (1, 2)}
 
 
-def test_flux_layers_are_all_blocks(flux):
+def test_flux_layers_are_all_blocks(joint):
+    flux, _ = joint
     layers = attention_layers(flux, (32, 48), (16, 24))
     names = [f"{stem}transformer_blocks.{i}.attn" for stem in ("", "single_") for i in (0, 1)]
     assert [layer.name for layer in layers] == names
@@ -288,8 +346,9 @@ def test_flux_layers_are_all_blocks(flux):
 
 
 @pytest.mark.parametrize("base", [(8, 12), (16, 16)])
-def test_no_upscaling_is_the_dense_model_to_the_bit(flux, unet, base):
-    for model, inputs in ((flux, flux_inputs((8, 12))), (unet, unet_inputs((8, 12)))):
+def test_no_upscaling_is_the_dense_model_to_the_bit(flux, flux2, unet, base):
+    for model, make in ((flux, flux_inputs), (flux2, flux2_inputs), (unet, unet_inputs)):
+        inputs = make((8, 12))
         dense = run(model, inputs)
         with use_attention(model, "npa", size=(8, 12), base_size=base) as handle:
             assert torch.equal(run(model, inputs), dense)
@@ -300,15 +359,15 @@ def identities(model):
     return {name: id(processor) for name, processor in model.attn_processors.items()}
 
 
-def test_processors_come_back_also_after_an_exception(flux, unet):
-    for model in (flux, unet):
+def test_processors_come_back_also_after_an_exception(flux, flux2, unet):
+    for model in (flux, flux2, unet):
         before = identities(model)
         with pytest.raises(RuntimeError, match="inside"), use_attention(model, "npa", size=(16, 16), base_size=(8, 8)):
             during = identities(model)
             raise RuntimeError("inside")
         assert identities(model) == before
         changed = {name for name in before if during[name] != before[name]}
-        assert changed == {name for name in before if model is flux or "attn1" in name}
+        assert changed == {name for name in before if model is not unet or "attn1" in name}
 
 
 def test_contexts_nest(flux):
@@ -336,7 +395,7 @@ def test_processors_look_like_diffusers_own(flux):
             assert processor._parallel_config is None
 
 
-@pytest.mark.parametrize("name", ["flux", "unet"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "unet"])
 def test_samples_of_a_batch_keep_their_own_shifts(name, request):
     model = request.getfixturevalue(name)
     sizes = {"size": (16, 24), "base_size": (8, 12)}
@@ -370,8 +429,9 @@ def test_shifts_belong_to_the_image(flux):
         assert abs(share - 1 / (window // 2 + 1)) < 0.08
 
 
-def test_text_rows_and_backends_are_passed_on(flux):
-    inputs, sizes = flux_inputs((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
+def test_text_rows_and_backends_are_passed_on(joint):
+    flux, make = joint
+    inputs, sizes = make((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
     outputs = {}
     for rows, backend in itertools.product(("patch", "global"), ("auto", "sdpa", "reference")):
         with use_attention(flux, "npa", **sizes, text_rows=rows, backend=backend):
@@ -382,7 +442,7 @@ def test_text_rows_and_backends_are_passed_on(flux):
     assert not torch.allclose(outputs["patch", "sdpa"], outputs["global", "sdpa"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flux", "unet"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "unet"])
 def test_fused_projections_are_used(name, request):
     model = deepcopy(request.getfixturevalue(name))
     inputs, sizes = MAKE[name]((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
@@ -391,16 +451,20 @@ def test_fused_projections_are_used(name, request):
     model.fuse_qkv_projections()
     with use_attention(model, "npa", **sizes) as handle:
         close(run(model, inputs), apart)
-        model.get_submodule(handle.layers[-1].name).to_qkv.weight.data *= 2
+        fused = [m.to_qkv for m in map(model.get_submodule, [x.name for x in handle.layers]) if m.fused_projections]
+        fused[-1].weight.data *= 2
         assert not torch.allclose(run(model, inputs), apart)
 
 
-def test_lora_works_inside(flux):
-    inputs, sizes = flux_inputs((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
+def test_lora_works_inside(joint):
+    flux, make = joint
+    inputs, sizes = make((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
     with use_attention(flux, "npa", **sizes):
         plain = run(flux, inputs)
     adapted = deepcopy(flux)
-    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False))
+    adapted.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0", "to_qkv_mlp_proj"], init_lora_weights=False)
+    )
     adapted.double()
     with brute(adapted, (16, 16), (8, 8)):
         expected = run(adapted, inputs)
@@ -452,9 +516,10 @@ def test_flux_ip_adapter_keeps_weights_and_term(flux):
     assert (with_prompt - without).abs().max() > 1e-3 * without.abs().max()
 
 
-def test_blocks_compile_as_one_graph(flux):
+def test_blocks_compile_as_one_graph(joint):
+    flux, make = joint
     compiled = deepcopy(flux)
-    inputs, sizes = flux_inputs((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
+    inputs, sizes = make((16, 16)), {"size": (16, 16), "base_size": (8, 8)}
     for blocks in (compiled.transformer_blocks, compiled.single_transformer_blocks):
         blocks[1].compile(backend="eager", fullgraph=True)
     with torch.no_grad(), use_attention(flux, "npa", **sizes), use_attention(compiled, "npa", **sizes):

@@ -7,8 +7,10 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
+import tiny_flux2
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 import hires
 from hires.backbones import Backbone, Schedule, load
@@ -39,6 +41,11 @@ def scheduler(name, **options):
 @pytest.fixture(scope="module")
 def flux():
     return Backbone.from_pipeline(build_pipeline("tiny-flux"), "tiny-flux", HINTS["tiny-flux"])
+
+
+@pytest.fixture(scope="module")
+def klein():
+    return Backbone.from_pipeline(tiny_flux2.build_pipeline(), "tiny-flux2", tiny_flux2.HINTS)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,56 @@ def test_flux_base_follows_the_shift_of_the_scheduler(dynamic):
     assert torch.equal(ours, unpack(stock, (12, 20)))
 
 
+@pytest.mark.parametrize("size", [(128, 128), (96, 160)])
+@pytest.mark.parametrize(
+    "distilled, options",
+    [(False, {"guidance_scale": 3.0}), (False, {"guidance_scale": 1.0}), (True, {})],
+    ids=["guided", "unguided", "distilled"],
+)
+def test_flux2_base_is_the_stock_pipeline(distilled, options, size):
+    """Noise, shift, positions, text and guidance: the last latents of the loop, and what the VAE is given."""
+    pipe = tiny_flux2.build_pipeline(distilled)
+    seen = []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    stock = pipe(
+        prompt=PROMPTS, height=size[0], width=size[1], num_inference_steps=3, max_sequence_length=40,
+        generator=generators(3, 4), output_type="latent", callback_on_step_end=keep, **options,
+    ).images  # fmt: skip
+    backbone = Backbone.from_pipeline(pipe, "tiny-flux2", tiny_flux2.HINTS)
+    ours = base_latents(backbone, PROMPTS, [3, 4], *size, Sampling(num_inference_steps=3, **options))
+    assert torch.equal(ours, unpack(seen[-1], (size[0] // 8, size[1] // 8)))
+    assert torch.equal(backbone._denormalise(ours), stock)
+    torch.testing.assert_close(backbone._normalise(stock), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_flux2_negative_prompt_is_the_stock_pipelines(klein):
+    negative = klein.pipe.encode_prompt("a grey cone", max_sequence_length=40)[0]
+    stock = klein.pipe(
+        prompt=PROMPTS[0], height=128, width=128, num_inference_steps=2, guidance_scale=3.0, max_sequence_length=40,
+        negative_prompt_embeds=negative, generator=generators(5), output_type="latent",
+    ).images  # fmt: skip
+    sampling = Sampling(num_inference_steps=2, guidance_scale=3.0, negative_prompt="a grey cone")
+    assert torch.equal(klein._denormalise(base_latents(klein, PROMPTS[:1], [5], 128, 128, sampling)), stock)
+
+
+def test_flux2_settings_without_use_are_refused(klein):
+    distilled = Backbone.from_pipeline(tiny_flux2.build_pipeline(is_distilled=True), "tiny-flux2", tiny_flux2.HINTS)
+    for backbone, setting in (
+        (klein, {"time_ids": "base"}), (klein, {"local_radius": 4}), (distilled, {"guidance_scale": 3.0}),
+        (distilled, {"negative_prompt": "blurry"}),
+    ):  # fmt: skip
+        with pytest.raises(HiresError, match="means nothing to a flux2 model"):
+            backbone.check_settings(Sampling(**setting))
+    klein.check_settings(Sampling(guidance_scale=3.0, negative_prompt="blurry"))
+    for variant in ("scale-dit", "hybrid"):
+        with pytest.raises(HiresError, match="has a Flux2AttnProcessor: scale_dit stands in for FluxAttnProcessor"):
+            hires.generate(klein, PROMPTS[0], variant, height=256, width=256)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_sdxl_base_is_the_stock_pipeline(sdxl, name, prediction):
@@ -127,6 +184,18 @@ def test_decoded_image_is_the_stock_pipelines(name):
     assert np.array_equal(np.array(to_images(backbone.decode(latents))[0]), np.array(stock[0]))
 
 
+def test_flux2_decodes_and_encodes_as_the_stock_pipeline(klein):
+    stock = klein.pipe(
+        prompt=PROMPTS[0], height=128, width=128, num_inference_steps=2, guidance_scale=2.0, max_sequence_length=40,
+        generator=generators(1),
+    ).images[0]  # fmt: skip
+    latents = base_latents(klein, PROMPTS[:1], [1], 128, 128, Sampling(num_inference_steps=2, guidance_scale=2.0))
+    assert np.array_equal(np.array(to_images(klein.decode(latents))[0]), np.array(stock))
+    pixels = torch.rand(1, 3, 64, 96) * 2 - 1
+    patches = klein.pipe._encode_vae_image(pixels, None)  # as it encodes the pictures of an edit
+    torch.testing.assert_close(pack(klein.encode(pixels)), klein.pipe._pack_latents(patches))
+
+
 def test_users_scheduler_stays_as_it_was(sdxl):
     sdxl.pipe.scheduler.set_timesteps(7)
     before = {k: v.clone() if torch.is_tensor(v) else v for k, v in vars(sdxl.pipe.scheduler).items()}
@@ -147,6 +216,17 @@ def test_packing_is_diffusers():
     assert torch.equal(unpack(tokens, (12, 20)), latents)
     want = FluxPipeline._prepare_latent_image_ids(2, 6, 10, torch.device("cpu"), torch.float32)
     assert torch.equal(image_ids((12, 20), torch.device("cpu")), want)
+
+
+def test_positions_are_those_of_flux2(klein):
+    """What the transformer is given: the pipeline's own ids, from its own functions."""
+    seen = []
+    hook = klein.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    base_latents(klein, PROMPTS[:1], [0], 96, 160, Sampling(num_inference_steps=1, guidance_scale=1.0))
+    hook.remove()
+    (call,) = seen
+    assert torch.equal(call["img_ids"], Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 64, 6, 10))[0].float())
+    assert torch.equal(call["txt_ids"], Flux2KleinPipeline._prepare_text_ids(torch.zeros(1, 40, 48))[0].float())
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -177,13 +257,23 @@ def test_first_sigma_of_a_flux_stage_is_the_papers(flux):
     assert schedule.sigmas[first] == pytest.approx(0.826, abs=5e-4)
 
 
+def test_first_sigma_of_a_flux2_stage(klein):
+    """FLUX.2 [klein] base, 50 steps, τ = 400: 0.83, about where FLUX.1-dev's stages start."""
+    sampling = Sampling(num_inference_steps=50, tau=400).over(klein.defaults)
+    first = klein.first_step(sampling)
+    shift = np.exp(compute_empirical_mu(4096, 50))
+    schedule = klein.schedule(sampling, klein.latent_size(1024, 1024), first)
+    assert schedule.sigmas[first] == pytest.approx(shift * 0.4 / (shift * 0.4 + 0.6), abs=1e-5)
+    assert (first, schedule.sigmas[first]) == (30, pytest.approx(0.834, abs=1e-3))
+
+
 def load_config_only(name):
     """The backbone of a full-size architecture without its weights: on the meta device."""
     return load(name, device="meta", dtype="bfloat16", weights="random")
 
 
 def test_defaults_are_the_papers():
-    flux, sdxl = load_config_only("flux-dev"), load_config_only("sdxl")
+    flux, sdxl, klein = (load_config_only(name) for name in ("flux-dev", "sdxl", "flux2-klein"))
     assert flux.defaults.model_dump(exclude_unset=True) == {
         "num_inference_steps": 30, "guidance_scale": 3.5, "tau": 600, "max_sequence_length": 512,
         "lfm_factor": 1 / 4, "sg_factor": 1 / 4, "gamma": "sigma", "local_radius": 8,
@@ -194,9 +284,16 @@ def test_defaults_are_the_papers():
     }  # fmt: skip
     assert (flux.base_resolution, flux.size_multiple, flux.latent_channels) == (1024, 64, 16)
     assert (sdxl.base_resolution, sdxl.size_multiple, sdxl.latent_channels) == (1024, 64, 4)
-    # The published sizes of the two models.
+    assert klein.defaults.model_dump(exclude_unset=True) == {
+        "num_inference_steps": 4, "guidance_scale": 1.0, "tau": 500, "max_sequence_length": 512,
+        "lfm_factor": 1 / 4, "sg_factor": 1 / 4, "gamma": "sigma",
+    }  # fmt: skip
+    assert (klein.base_resolution, klein.size_multiple, klein.latent_channels) == (1024, 64, 32)
+    # The published sizes of the models: FLUX.2 [klein] 4B has 7.75 GB of weights in bfloat16.
     assert sum(p.numel() for p in flux.model.parameters()) == pytest.approx(11.9e9, rel=1e-3)
     assert sum(p.numel() for p in sdxl.model.parameters()) == 2_567_463_684
+    assert 2 * sum(p.numel() for p in klein.model.parameters()) == pytest.approx(7.75e9, rel=1e-3)
+    assert sum(p.numel() for p in klein.pipe.vae.parameters()) == 84_046_115
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -458,7 +555,9 @@ def test_load_refuses_a_device_that_is_not_there(folder):
 def test_load_refuses_another_pipeline(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
-    assert "StableDiffusionPipeline: allowed: FluxPipeline, StableDiffusionXLPipeline" in refusal(folder)
+    assert "StableDiffusionPipeline: allowed: FluxPipeline, Flux2KleinPipeline, StableDiffusionXLPipeline" in refusal(
+        folder
+    )
 
 
 def test_from_pipeline_keeps_the_users_object(sdxl_pipe):
@@ -469,7 +568,9 @@ def test_from_pipeline_keeps_the_users_object(sdxl_pipe):
     backbone = Backbone.from_pipeline(mine)
     assert backbone.pipe is mine and backbone.family == "sdxl" and backbone.revision is None
     assert backbone.base_resolution == 128 and backbone.size_multiple == 64
-    with pytest.raises(HiresError, match="AutoencoderKL is not supported: allowed: FluxPipeline, StableDiffusionXL"):
+    with pytest.raises(
+        HiresError, match="AutoencoderKL is not supported: allowed: FluxPipeline, Flux2KleinPipeline, StableDiffusionXL"
+    ):
         Backbone.from_pipeline(mine.vae)
 
 

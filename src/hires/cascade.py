@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from hires.adapters import SCALE_DIT, adapter_switched
 from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
 from hires.attention.layers import scaled
-from hires.backbones.base import Backbone, Conditioning, draw
+from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.methods.frequency import low_pass, resize
@@ -228,7 +228,7 @@ def _from_noise(
 ) -> Tensor:
     """Clean latents of `size` from pure noise over the whole schedule; sizes in latent pixels."""
     schedule = backbone.schedule(sampling, base_size)
-    noise = draw(generators, (backbone.latent_channels, *size), backbone.device) * schedule.init_noise_sigma
+    noise = backbone.noise(generators, size) * schedule.init_noise_sigma
     return _denoise(
         backbone, noise, schedule, conditioning, sampling, variant, generators, name, base_size, callback=callback
     )
@@ -445,7 +445,7 @@ def cascade(
             reference, low = _stage_inputs(backbone, latents, image, size, conditioning, sampling, variant, generators)
             first = backbone.first_step(stage_sampling)
             schedule = backbone.schedule(sampling, base_size, first)
-            noisy = schedule.add_noise(reference, draw(generators, reference.shape[1:], backbone.device))
+            noisy = schedule.add_noise(reference, backbone.noise(generators, backbone.latent_size(*size)))
             latents = _denoise(
                 backbone,
                 noisy,

@@ -31,10 +31,12 @@ class Sampling(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_inference_steps: int | None = Field(None, ge=1, description="steps of the whole schedule")
-    guidance_scale: float | None = Field(None, ge=0, description="CFG weight (SDXL) or distilled guidance (FLUX)")
-    negative_prompt: str = Field("", description="SDXL's unconditional prompt")
+    guidance_scale: float | None = Field(
+        None, ge=0, description="CFG weight (SDXL, FLUX.2 base) or distilled guidance (FLUX.1)"
+    )
+    negative_prompt: str = Field("", description="unconditional prompt of SDXL and FLUX.2 base")
     prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
-    max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 encoder")
+    max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 or language model")
     tau: float | None = Field(
         None, gt=0, le=1000, description="step index in thousandths of the schedule at which a stage starts"
     )

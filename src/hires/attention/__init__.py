@@ -1,5 +1,6 @@
 """Self-attention of stock diffusers models at sizes beyond their training: windows, processors, one context manager."""
 
+from hires.attention import flux2  # noqa: F401  (adds FLUX.2's layers and processors)
 from hires.attention.context import KINDS, use_attention
 from hires.attention.layers import AttentionHandle, Layer, attention_layers
 from hires.attention.npa import draw_shifts

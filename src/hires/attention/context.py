@@ -40,9 +40,9 @@ def use_attention(
     another context the new kind replaces the outer one for a while.
 
     Args:
-        model: FluxTransformer2DModel or UNet2DConditionModel.
+        model: FluxTransformer2DModel, Flux2Transformer2DModel or UNet2DConditionModel.
         kind: "dense" (the model's own attention), "npa" (Neighborhood Patch Attention, arXiv 2510.25818; a layer whose
-            window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX only).
+            window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX.1 only).
         size: (height, width) of the latents that the model will see, in latent pixels.
         base_size: (height, width) in latent pixels whose grid is the window of each layer.
         options: of "npa": text_rows ("patch" | "global"), backend ("auto" or a backend of hires_kernels), shifts

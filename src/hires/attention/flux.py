@@ -1,6 +1,6 @@
 """What the processors of FLUX's joint attention share: projections, QK-norm and RoPE of both streams."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hires_kernels
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
@@ -37,20 +37,33 @@ def joint_projections(
 ) -> Joint:
     """A double block has its text apart, with its own projections; a single block in front of `tokens` image tokens."""
     projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
+    added = None if encoder_hidden_states is None else projections[3:]
+    return joint_of(attn, projections[:3], added, image_rotary_emb, tokens, backend)
+
+
+def joint_of(
+    attn: Any,
+    projections: Triple,
+    added: Triple | None,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    tokens: int,
+    backend: str,
+) -> Joint:
+    """What `joint_projections` makes of (batch, tokens, channels) projections; `added` are those of a text apart."""
+    query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections)
     norms = attn.norm_q.weight, attn.norm_k.weight
-    if encoder_hidden_states is None:
-        text_tokens = hidden_states.shape[1] - tokens
+    if added is None:
+        text_tokens = query.shape[1] - tokens
         text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
         query, key, value = (x[:, text_tokens:] for x in (query, key, value))
         text_norms = norms
     else:
-        text_tokens = encoder_hidden_states.shape[1]
-        added = [x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:]]
-        text = added[0], added[1], added[2]
+        text_tokens = added[0].shape[1]
+        text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in added)
+        text = text_query, text_key, text_value
         text_norms = attn.norm_added_q.weight, attn.norm_added_k.weight
     rope = image_rotary_emb[0][text_tokens:], image_rotary_emb[1][text_tokens:]
-    turned_query, turned_key, text_query, text_key = hires_kernels.qk_norm_rope(
+    turned_query, turned_key, normed_query, normed_key = hires_kernels.qk_norm_rope(
         query,
         key,
         norms,
@@ -60,8 +73,8 @@ def joint_projections(
         eps=attn.norm_q.eps,
         backend="reference" if backend == "reference" else "auto",
     )
-    assert text_query is not None and text_key is not None  # as text was given
-    return Joint(turned_query, turned_key, value, (text_query, text_key, text[2]), rope, query)
+    assert normed_query is not None and normed_key is not None  # as text was given
+    return Joint(turned_query, turned_key, value, (normed_query, normed_key, text[2]), rope, query)
 
 
 def check_call(kind: str, layer: Layer, tokens: int, attention_mask: Tensor | None) -> None:

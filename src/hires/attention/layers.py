@@ -1,6 +1,6 @@
 """The self-attention layers of a model in call order, and the token grid of each at any latent size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,22 +67,33 @@ def attention_layers(model: nn.Module, size: Grid, base_size: Grid) -> list[Laye
     for side in (*size, *base_size):
         if side < 1:
             raise HiresError(f"size {size} and base_size {base_size}: sides are latent pixels, at least 1")
-    if isinstance(model, FluxTransformer2DModel):
-        if any(side % 2 for side in (*size, *base_size)):
-            raise HiresError(f"size {size} and base_size {base_size}: FLUX packs 2x2 latent pixels: sides must be even")
-        return [
-            Layer(name, (size[0] // 2, size[1] // 2), (base_size[0] // 2, base_size[1] // 2))
-            for name in _flux_names(model)
-        ]
-    if isinstance(model, UNet2DConditionModel):
-        return [Layer(name, _level(size, level), _level(base_size, level)) for name, level in _unet_names(model)]
-    raise HiresError(f"{type(model).__name__}: allowed: FluxTransformer2DModel, UNet2DConditionModel")
+    for known, layers in LAYERS.items():
+        if isinstance(model, known):
+            return layers(model, size, base_size)
+    raise HiresError(f"{type(model).__name__}: allowed: {', '.join(known.__name__ for known in LAYERS)}")
 
 
-def _flux_names(model: FluxTransformer2DModel) -> Iterator[str]:
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
-        for index in range(len(getattr(model, blocks))):
-            yield f"{blocks}.{index}.attn"
+def flux_layers(model: Any, size: Grid, base_size: Grid) -> list[Layer]:
+    """All double blocks, then all single blocks, of a transformer with FLUX's names and 2 x 2 packing."""
+    if any(side % 2 for side in (*size, *base_size)):
+        raise HiresError(f"size {size} and base_size {base_size}: FLUX packs 2x2 latent pixels: sides must be even")
+    return [
+        Layer(f"{blocks}.{index}.attn", (size[0] // 2, size[1] // 2), (base_size[0] // 2, base_size[1] // 2))
+        for blocks in ("transformer_blocks", "single_transformer_blocks")
+        for index in range(len(getattr(model, blocks)))
+    ]
+
+
+def unet_layers(model: Any, size: Grid, base_size: Grid) -> list[Layer]:
+    """The self-attention of a U-Net's transformer blocks."""
+    return [Layer(name, _level(size, level), _level(base_size, level)) for name, level in _unet_names(model)]
+
+
+# A model class and what finds its layers; other modules of this package add theirs.
+LAYERS: dict[type[nn.Module], Callable[[Any, Grid, Grid], list[Layer]]] = {
+    FluxTransformer2DModel: flux_layers,
+    UNet2DConditionModel: unet_layers,
+}
 
 
 def _unet_names(model: Any) -> Iterator[tuple[str, int]]:

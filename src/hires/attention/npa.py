@@ -1,6 +1,6 @@
 """Neighborhood Patch Attention (ScaleDiff, arXiv 2510.25818, section 3.1) as diffusers attention processors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hires_kernels
@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from hires.attention.flux import check_call, joint_projections
+from hires.attention.flux import Joint, check_call, joint_projections
 from hires.attention.layers import AttentionHandle, Layer, scaled
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -71,17 +71,13 @@ def processors(
             continue
         drawn = None if shifts is None else shifts[:, index]
         operation = NpaLayer(layer, handle, drawn, text_rows, backend, window_overlap)
-        if isinstance(former, FluxIPAdapterAttnProcessor):
-            chosen[layer.name] = FluxIPAdapterNpaProcessor(former, operation)
-        elif isinstance(former, FluxAttnProcessor):
-            chosen[layer.name] = FluxNpaProcessor(former, operation)
-        elif isinstance(former, UNET_PROCESSORS):
-            chosen[layer.name] = UNetNpaProcessor(former, operation)
-        else:
+        stand_in = next((ours for known, ours in STAND_INS.items() if isinstance(former, known)), None)
+        if stand_in is None:
             raise HiresError(
                 f"{layer.name} has a {type(former).__name__}: npa can only stand in for the stock processors of FLUX "
                 "and U-Nets and for FLUX's IP-Adapter"
             )
+        chosen[layer.name] = stand_in(former, operation)
     return chosen
 
 
@@ -194,16 +190,14 @@ class FluxNpaProcessor(WindowedProcessor):
         output, _ = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return output
 
+    def project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Joint:
+        """What attends: FLUX.1's text has position 0, which rotates by nothing."""
+        tokens, backend = self.operation.tokens, self.operation.backend
+        return joint_projections(attn, hidden_states, encoder_hidden_states, image_rotary_emb, tokens, backend)
+
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
         """What the processor returns, and the image query as projected."""
-        joint = joint_projections(
-            attn,
-            hidden_states,
-            encoder_hidden_states,
-            image_rotary_emb,
-            self.operation.tokens,
-            self.operation.backend,
-        )
+        joint = self.project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         self.operation.check(joint.query.shape[1], attention_mask)
         rows = self.operation(joint.query, joint.key, joint.value, text=joint.text, rope=joint.rope)
         image, text_rows = (x.flatten(2) for x in rows)
@@ -240,3 +234,11 @@ class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
             seen = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
             term = term + scale * seen.flatten(2)
         return *output, term
+
+
+# A stock processor and what stands in for it; other modules of this package add theirs.
+STAND_INS: dict[type, Callable[[Any, NpaLayer], Any]] = {
+    FluxIPAdapterAttnProcessor: FluxIPAdapterNpaProcessor,
+    FluxAttnProcessor: FluxNpaProcessor,
+    **dict.fromkeys(UNET_PROCESSORS, UNetNpaProcessor),
+}

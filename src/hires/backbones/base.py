@@ -40,7 +40,8 @@ class Backbone(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type]
     families: ClassVar[dict[str, type["Backbone"]]] = {}
-    without: ClassVar[tuple[str, ...]] = ()  # settings that mean nothing to the family
+    without: tuple[str, ...] = ()  # settings that mean nothing to the family
+    cuda_dtype: ClassVar[torch.dtype] = torch.bfloat16  # what its weights are loaded in on a GPU
 
     def __init_subclass__(cls) -> None:
         Backbone.families[cls.family] = cls
@@ -164,6 +165,10 @@ class Backbone(ABC):
         load_lora(self.pipe, place, name)
         switch_adapter(self.model, name, on=False)
 
+    def noise(self, generators: Sequence[Generator], size: tuple[int, int]) -> Tensor:
+        """Standard normal latents (B, C, H, W), each image's from its own generator, drawn as its pipeline draws."""
+        return draw(generators, (self.latent_channels, *size), self.device)
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in latent pixels of a size in pixels."""
         return height // self.scale, width // self.scale
@@ -199,19 +204,27 @@ class Backbone(ABC):
                     noise = draw(generators[index : index + 1], latent.shape[1:], latent.device)
                     latent = latent + distribution.std.float() * noise
                 latents.append(latent)
-        mean, scale = self._latent_statistics()
-        return (torch.cat(latents) - mean) * scale
+        return self._normalise(torch.cat(latents))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tiling: bool | None = None) -> Tensor:
         """Images (B, 3, H, W) in [−1, 1], float32, of clean latents; one after the other, to bound memory."""
-        mean, scale = self._latent_statistics()
         with self._vae(latents, tiling, self.scale) as vae:
             images = [
-                vae.decode((z / scale + mean).to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+                vae.decode(self._denormalise(z).to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
                 for z in latents.to(self.device, torch.float32).split(1)
             ]
         return torch.cat(images)
+
+    def _normalise(self, z: Tensor) -> Tensor:
+        """The model's latents of those that the VAE encodes to."""
+        mean, scale = self._latent_statistics()
+        return (z - mean) * scale
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `_normalise`."""
+        mean, scale = self._latent_statistics()
+        return latents / scale + mean
 
     def _latent_statistics(self) -> tuple[Tensor | float, Tensor | float]:
         """(mean, scale) with latents = (z − mean)·scale; per channel where the VAE has them so."""
@@ -229,7 +242,7 @@ class Backbone(ABC):
         """The VAE, in float32 where float16 overflows (SDXL), tiled above 4 times the base area or as asked."""
         vae = self.pipe.vae
         dtype, was_tiled = vae.dtype, vae.use_tiling
-        upcast = dtype == torch.float16 and vae.config.force_upcast
+        upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         if tiling is None:
             tiling = self.defaults.vae_tiling
         if tiling is None:

@@ -1,6 +1,7 @@
 """FLUX.1: flow matching, guidance embedding, latents packed 2×2 into tokens."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,22 @@ def image_ids(size: tuple[int, int], device: torch.device) -> Tensor:
     rows, columns = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in size)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
     return torch.cat([torch.zeros_like(grid[..., :1]), grid], dim=-1).flatten(0, 1)
+
+
+def flow_schedule(scheduler: Any, sampling: Sampling, first: int, mu: float, device: torch.device) -> Schedule:
+    """σ from 1 to 1/N in even steps, shifted by exp μ, or by the stage_shift that is asked for."""
+    steps, shift = sampling.num_inference_steps or 1, sampling.stage_shift
+    if shift and not scheduler.config.use_dynamic_shifting:
+        raise HiresError("stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off)")
+    return Schedule(
+        scheduler,
+        steps,
+        first,
+        "flow",
+        device,
+        sigmas=np.linspace(1.0, 1 / steps, steps),
+        mu=math.log(shift) if shift else mu,
+    )
 
 
 class Flux(Backbone):
@@ -77,22 +94,11 @@ class Flux(Backbone):
 
     def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count at every resolution (methods: at 4096² it would otherwise reach 11.5)."""
-        steps = sampling.num_inference_steps or 1
         config = self.pipe.scheduler.config
-        if sampling.stage_shift and not config.use_dynamic_shifting:
-            raise HiresError("stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off)")
         tokens = base_size[0] * base_size[1] // 4
         share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
         mu = config.base_shift + share * (config.max_shift - config.base_shift)
-        return Schedule(
-            self.pipe.scheduler,
-            steps,
-            first,
-            "flow",
-            self.device,
-            sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=math.log(sampling.stage_shift) if sampling.stage_shift else mu,
-        )
+        return flow_schedule(self.pipe.scheduler, sampling, first, mu, self.device)
 
     @torch.no_grad()
     def low_resolution_guidance(

@@ -35,11 +35,11 @@ def load(
     """Load a model.
 
     Args:
-        name_or_folder: "tiny-flux", "tiny-sdxl", "flux-dev", "flux-schnell", "sdxl", a diffusers folder with
-            safetensors weights, or a hub id: OWNER/NAME, or OWNER/NAME@REVISION.
+        name_or_folder: a name of `hires.backbones.presets.PRESETS` ("tiny-flux", "flux-dev", "sdxl", …), a diffusers
+            folder with safetensors weights, or a hub id: OWNER/NAME, or OWNER/NAME@REVISION.
         device: torch device; default: CUDA where there is one, else the CPU.
-        dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA bfloat16 for FLUX and float16 for
-            SDXL, float32 elsewhere and for the tiny models.
+        dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA float16 for SDXL and bfloat16
+            for the others, float32 elsewhere and for the tiny models.
         weights: "random" draws weights for the same architecture, from a fixed seed: enough to measure time and memory.
 
     Raises:
@@ -83,7 +83,7 @@ def usable_device(name: str | torch.device | None = None) -> torch.device:
 def _default_dtype(family: type[Backbone], device: torch.device, folder: Path) -> torch.dtype:
     if device.type == "cpu" or folder.parent == ASSETS:
         return torch.float32
-    return torch.bfloat16 if family.family == "flux" else torch.float16
+    return family.cuda_dtype
 
 
 def _folder(name: str) -> Path:
@@ -251,7 +251,8 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
             component: _random_component(folder / component, library, class_name, device, dtype, family.family)
             for component, (library, class_name) in _components(index)
         }
-    pipe = family.pipeline_class(**parts)
+    options = {key: value for key, value in index.items() if not key.startswith("_") and key not in parts}
+    pipe = family.pipeline_class(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     return Backbone.from_pipeline(pipe, name, read_hints(folder), "random")
 

@@ -1,4 +1,9 @@
-"""Models by name: where their weights are, and the architecture that random weights are drawn for."""
+"""Models by name: where their weights are, and the architecture that random weights are drawn for.
+
+`configs` holds the published configurations, as diffusers reads them: transformer/config.json, vae/config.json and
+scheduler/scheduler_config.json of the models' own repositories. flux2-klein is FLUX.2-klein-4B, whose transformer has
+3.88 billion parameters and whose VAE is that of all FLUX.2 models; the text encoders are left out.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,5 +31,7 @@ PRESETS = {
     "tiny-sdxl": Preset("tiny-sdxl", embedded=True),
     "flux-dev": Preset("black-forest-labs/FLUX.1-dev", download=33.7, parameters=16.87, gated=True),
     "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell", download=33.7, parameters=16.86, gated=True),
+    "flux2-klein": Preset("black-forest-labs/FLUX.2-klein-4B", download=16.0, parameters=7.98),
+    "flux2-klein-base": Preset("black-forest-labs/FLUX.2-klein-base-4B", download=16.0, parameters=7.98),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", download=13.9, parameters=3.47),
 }

@@ -15,6 +15,7 @@ class SDXL(Backbone):
 
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
+    cuda_dtype = torch.float16
     without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift")
 
     @property

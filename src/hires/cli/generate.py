@@ -15,7 +15,9 @@ from hires.variants import VARIANTS, variant
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="tiny-flux", help="tiny-flux, tiny-sdxl, flux-dev, flux-schnell, sdxl, a folder or hub id"
+        "--model",
+        default="tiny-flux",
+        help="tiny-flux, tiny-sdxl, flux-dev, flux-schnell, flux2-klein, flux2-klein-base, sdxl, a folder or hub id",
     )
     parser.add_argument("--prompt", required=True, help="what the image shows")
     parser.add_argument("--size", default="512", help="HEIGHTxWIDTH in pixels, or the side of a square")

@@ -2,6 +2,7 @@
 
 `hires speed kernels` compares the attention backends of hires_kernels with each other, with dense attention through
 cuDNN ("dense") and with gathered windows through cuDNN ("sdpa", "sdpa-compiled"), on the layers of FLUX and SDXL.
+`hires speed orders` compares the orders of tokens for Scale-DiT's kernel, with --traffic in gigabytes as well.
 `hires speed tune` measures other tiles, warps and stages for our own kernels, and with --write commits the fastest.
 
 Example: hires speed kernels --shapes npa-flux-4096,sdxl1 --backends triton,sdpa --accuracy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["kernels", "tune"], help="what is measured")
+    parser.add_argument("what", choices=["kernels", "orders", "tune"], help="what is measured")
     parser.add_argument(
         "--shapes",
         default="",
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", default="", help="comma-separated; default: all")
     parser.add_argument("--kernels", default="", help="tune: comma-separated kernels of launches.json; default: all")
     parser.add_argument("--write", action="store_true", help="tune: write the fastest launches into launches.json")
+    parser.add_argument("--traffic", action="store_true", help="orders: read L2 and DRAM traffic with Nsight Compute")
     parser.add_argument("--repeats", type=int, default=50, help="calls of each, fewer beyond 3 seconds (default: 50)")
     parser.add_argument("--accuracy", action="store_true", help="also the error of sampled rows against float64")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the shapes called tiny (default: cuda)")
@@ -37,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise HiresError(f"--repeats {args.repeats}: must be at least 1")
 
-    if args.what == "tune":
-        return _tune(args)
+    if args.what != "kernels":
+        return {"orders": _orders, "tune": _tune}[args.what](args)
 
     from hires.speed import kernels
     from hires.storage import write_text
@@ -51,6 +53,17 @@ def run(args: argparse.Namespace) -> None:
         print(kernels.line(row), flush=True)
         write_text(args.out, kernels.table(found))  # after every row: a run takes minutes
     print(args.out, file=sys.stderr)
+
+
+def _orders(args: argparse.Namespace) -> None:
+    import torch
+
+    from hires.speed import orders
+
+    shapes = orders.check(_items(args.shapes), args.device, args.traffic)
+    print(orders.HEADER)
+    for row in orders.measure(shapes, torch.device(args.device), args.repeats, args.traffic):
+        print(orders.line(row), flush=True)
 
 
 def _tune(args: argparse.Namespace) -> None:
