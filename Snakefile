@@ -1,5 +1,6 @@
 # Everything of one configuration: snakemake --cores all [--configfile config/smoke.yaml] [--config name=trial]
-# Parts of it: prompts, images, metrics, report. `figures` redraws results/reference from its stored scores.
+# Parts of it: prompts, images, metrics, report. `figures` redraws results/reference from its stored scores. `speed`
+# measures what config/speed.yaml names, on the GPU where there is one.
 
 
 include: "rules/common.smk"
@@ -7,6 +8,7 @@ include: "rules/prompts.smk"
 include: "rules/images.smk"
 include: "rules/metrics.smk"
 include: "rules/report.smk"
+include: "rules/speed.smk"
 
 
 rule all:
@@ -40,3 +42,8 @@ rule report:
 rule figures:
     input:
         [f"results/figures/notebooks/{name}.ipynb" for name in CONFIG.notebooks],
+
+
+rule speed:
+    input:
+        SPEED_ROOT / "measurements.parquet",

@@ -37,7 +37,7 @@ def execute(name, folder, monkeypatch, cwd=ROOT, **parameters):
 
 
 def test_notebooks_are_there():
-    names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated", "05_scale_dit"]
+    names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated", "05_scale_dit", "06_speed"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 

@@ -5,7 +5,8 @@ place inside, and without the adapter, which was made for other weights; `hires 
 in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
 takes tables, figures, scores and the records, never images, and puts them beside those of other configurations: rows of
 a study that stood there are replaced; `hires promote memory` takes the tables of results/memory to
-results/reference/memory and into the README. Nothing else writes tracked files.
+results/reference/memory and into the README, and `hires promote speed` what `hires speed` measured on a GPU. Nothing
+else writes tracked files.
 """
 
 import argparse
@@ -21,14 +22,17 @@ ADAPTER_BYTES = 2 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit, results or memory")
+    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit, results, memory or speed")
     parser.add_argument(
-        "--from", dest="source", type=Path, help="folder to copy (default results/train/WHAT, results/memory)"
+        "--from",
+        dest="source",
+        type=Path,
+        help="folder to copy (default: results/train/WHAT, results/memory or results/speed)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results", "memory")
+    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results", "memory", "speed")
     if args.what not in names:
         raise unknown("thing to promote", args.what, names)
     if args.what == "results":
@@ -40,6 +44,9 @@ def run(args: argparse.Namespace) -> None:
         from hires import memory
 
         print(memory.promote(args.source or memory.ROOT))
+        return
+    if args.what == "speed":
+        _promote_speed(args.source or Path("results/speed"))
         return
     source = args.source or Path("results/train") / args.what
     if not (source / "training.json").is_file():
@@ -93,3 +100,11 @@ def _promote_results(source: Path) -> None:
     studies = promote(source)
     size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
     print(f"{REFERENCE}: {', '.join(studies)}; {size:.1f} MiB in all")
+
+
+def _promote_speed(source: Path) -> None:
+    from hires.reference import REFERENCE
+    from hires.speed.summary import promote
+
+    promote(source, REFERENCE / "speed", Path("README.md"))
+    print(REFERENCE / "speed")

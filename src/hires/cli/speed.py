@@ -1,58 +1,124 @@
-"""Measure time on this machine's GPU, everything in one run.
+"""How fast this machine's GPU is, from 1024² to 8192²: steps, VAE, text encoders and whole images of FLUX.1-dev and
+SDXL with random weights, dense, MultiDiffusion, ScaleDiff and Scale-DiT side by side (config/speed.yaml). Each part has
+a file of its own, so a run that was cut goes on with the next part. Without a GPU the tiny models are measured.
 
-`hires speed kernels` compares the attention backends of hires_kernels with each other, with dense attention through
-cuDNN ("dense") and with gathered windows through cuDNN ("sdpa", "sdpa-compiled"), on the layers of FLUX and SDXL.
-`hires speed orders` compares the orders of tokens for Scale-DiT's kernel, with --traffic in gigabytes as well.
-`hires speed tune` measures other tiles, warps and stages for our own kernels, and with --write commits the fastest.
+hires speed tables writes tables and figures anew. hires speed kernels measures the attention kernels: a GPU's own,
+gathered windows with cuDNN ("sdpa"), FlexAttention ("flex"), dense cuDNN ("dense"), the same through torch.compile
+("sdpa-compiled"), on the layers of FLUX and SDXL. hires speed orders compares the orders of tokens
+for Scale-DiT's kernel, with --traffic in gigabytes as well. hires speed tune measures other tiles, warps and stages for
+our own kernels, and with --write commits the fastest.
 
-Example: hires speed kernels --shapes npa-flux-4096,sdxl1 --backends triton,sdpa --accuracy
+Examples: hires speed --plan
+          hires speed --parts flux-dev-4096,flux-dev-text
+          hires speed kernels --shapes npa-flux-4096,sdxl1 --backends triton,sdpa --accuracy
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from hires.errors import HiresError
+
+WHAT = ("models", "tables", "kernels", "orders", "tune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["kernels", "orders", "tune"], help="what is measured")
-    parser.add_argument(
+    parser.add_argument("what", nargs="?", default="models", choices=WHAT, help="what is measured (default: models)")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda; for models, what there is)")
+    parser.add_argument("--out", type=Path, help="folder (default: results/speed); of kernels: the CSV")
+    models = parser.add_argument_group("models")
+    models.add_argument("--config", type=Path, default=Path("config/speed.yaml"), help="default: config/speed.yaml")
+    models.add_argument("--parts", default="", help="comma-separated names from --plan; default: all")
+    models.add_argument("--plan", action="store_true", help="only list the parts and about how long each takes")
+    models.add_argument("--force", action="store_true", help="measure finished parts again")
+    kernels = parser.add_argument_group("kernels")
+    kernels.add_argument(
         "--shapes",
         default="",
         help="comma-separated names, patterns or words, e.g. npa-flux-4096,sdxl1,*-8192; default: all",
     )
-    parser.add_argument("--backends", default="", help="comma-separated; default: all")
-    parser.add_argument("--kernels", default="", help="tune: comma-separated kernels of launches.json; default: all")
-    parser.add_argument("--write", action="store_true", help="tune: write the fastest launches into launches.json")
-    parser.add_argument("--traffic", action="store_true", help="orders: read L2 and DRAM traffic with Nsight Compute")
-    parser.add_argument("--repeats", type=int, default=50, help="calls of each, fewer beyond 3 seconds (default: 50)")
-    parser.add_argument("--accuracy", action="store_true", help="also the error of sampled rows against float64")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu for the shapes called tiny (default: cuda)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/speed/kernels.csv"), help="CSV (default: results/speed/kernels.csv)"
-    )
+    kernels.add_argument("--backends", default="", help="comma-separated; default: all")
+    kernels.add_argument("--kernels", default="", help="tune: comma-separated kernels of launches.json; default: all")
+    kernels.add_argument("--write", action="store_true", help="tune: write the fastest launches into launches.json")
+    kernels.add_argument("--traffic", action="store_true", help="orders: read L2 and DRAM traffic with Nsight Compute")
+    kernels.add_argument("--repeats", type=int, default=50, help="calls of each, fewer beyond 3 seconds (default: 50)")
+    kernels.add_argument("--accuracy", action="store_true", help="also the error of sampled rows against float64")
 
 
 def run(args: argparse.Namespace) -> None:
-    from hires.errors import HiresError
+    if args.what in ("kernels", "orders", "tune"):
+        _kernels(args)
+    else:
+        _models(args)
 
+
+def _kernels(args: argparse.Namespace) -> None:
+    args.device = args.device or "cuda"
     if args.repeats < 1:
         raise HiresError(f"--repeats {args.repeats}: must be at least 1")
-
     if args.what != "kernels":
         return {"orders": _orders, "tune": _tune}[args.what](args)
 
     from hires.speed import kernels
+    from hires.speed.settings import root
     from hires.storage import write_text
 
     device, shapes, names = kernels.check(args.device, _items(args.shapes), _items(args.backends))
+    out = args.out or root(device.type == "cuda") / "kernels.csv"
     found = []
     print(kernels.HEADER)
     for row in kernels.measure(device, shapes, names, args.repeats, args.accuracy):
         found.append(row)
         print(kernels.line(row), flush=True)
-        write_text(args.out, kernels.table(found))  # after every row: a run takes minutes
-    print(args.out, file=sys.stderr)
+        write_text(out, kernels.table(found))  # after every row: a run takes minutes
+    print(out, file=sys.stderr)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from hires.devices import locked_device, uses_gpu
+    from hires.speed.settings import ROOT, choose, load_speed, parts, root
+
+    speed = load_speed(args.config)
+    if args.device not in (None, "cuda", "cpu"):
+        raise HiresError(f"--device {args.device}: allowed: cuda, cpu")
+
+    gpu = uses_gpu(args.device or "auto")
+    folder = root(gpu, args.out or ROOT)
+    models = speed.models if gpu or args.plan else speed.without_gpu
+    chosen = choose(parts(models), _items(args.parts))
+    if args.what == "models":
+        with locked_device(args.device or "auto") as device:  # before CUDA starts
+            _measure(args, speed, models, chosen, device, folder)
+    if args.plan:
+        return
+
+    from hires.speed import summary
+
+    print(summary.write(folder))
+
+
+def _measure(
+    args: argparse.Namespace, speed: Any, models: dict[str, Any], chosen: list[Any], device: str, folder: Path
+) -> None:
+    from hires.backbones.loading import usable_device
+    from hires.speed import parts as measuring
+
+    gpu = device == "cuda"
+    if not gpu and not args.plan:
+        print("no GPU: tiny architectures, eager, in float32; their times say nothing about the methods", flush=True)
+    for part in chosen:
+        seconds = measuring.budget(part, speed, models[part.model])
+        print(f"{part.name:<22}" + ("" if seconds is None else f" about {seconds:5.0f} s on an H200"), flush=True)
+    if args.plan:
+        return
+    for part in chosen:
+        model = models[part.model]
+        if not args.force and measuring.finished(folder, part, measuring.settings_key(part, speed, model)):
+            print(f"{part.name}: measured before", flush=True)
+            continue
+        measuring.measure(part, speed, model, usable_device(device), folder)
 
 
 def _orders(args: argparse.Namespace) -> None:

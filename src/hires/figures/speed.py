@@ -1,0 +1,61 @@
+"""Figures of `hires speed`: seconds, memory and FLOP against size."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hires.figures.style import panels, save, style
+
+# contender -> colour, marker, as the variants have them
+LOOKS = {
+    "dense": ("#999933", "h"),
+    "multidiffusion": ("#882255", "D"),
+    "scalediff": ("#332288", "o"),
+    "scalediff-fp8": ("#6db6dc", "o"),
+    "scalediff-fast": ("#44aa99", "^"),
+    "scale-dit": ("#c9a227", "<"),
+    "attention-free": ("#8a8a8a", "s"),
+    "base": ("#000000", "*"),
+}
+
+
+def draw(folder: Path, rows: pd.DataFrame, images: pd.DataFrame) -> None:
+    """Write `figures` to figures/*.png and .pdf of a folder."""
+    for name, figure in figures(rows, images).items():
+        save(figure, folder, name)
+
+
+def figures(rows: pd.DataFrame, images: pd.DataFrame) -> dict[str, Figure]:
+    """Seconds a step and an image, memory, FLOP and time per token against size, of what was measured."""
+    measured = rows[(rows["kind"] == "steps") & (rows["what"] == "step")]
+    tokens = measured.assign(value=measured["seconds"].astype(float) / (measured["size"] // 16) ** 2 * 1e6)
+    found = {
+        "speed-steps": (measured.assign(value=measured["seconds"]), "seconds a step"),
+        "speed-images": (images[images["setting"] == "equal steps"].assign(value=lambda x: x["seconds"]), "seconds"),
+        "speed-memory": (measured.assign(value=measured["peak_bytes"].astype(float) / 2**30), "peak memory, GiB"),
+        "speed-flop": (measured.assign(value=measured["flop"].astype(float) / 1e12), "TFLOP a step, counted"),
+        "speed-tokens": (tokens, "µs a token of 16×16 pixels"),
+    }
+    shown = {name: (table[table["value"].notna()], axis) for name, (table, axis) in found.items()}
+    return {name: against_size(table, axis) for name, (table, axis) in shown.items() if len(table)}
+
+
+def against_size(table: pd.DataFrame, axis: str) -> Figure:
+    """A panel for each model: `value` against the image's side, both logarithmic."""
+    models = sorted(set(table["model"]))
+    with style():
+        figure, axes = panels(1, len(models), 2.6)
+        for place, model in zip(axes[0], models, strict=True):
+            group = table[table["model"] == model]
+            for contender in [name for name in LOOKS if name in set(group["contender"])]:
+                colour, marker = LOOKS[contender]
+                one = group[group["contender"] == contender].sort_values("size")
+                place.plot(one["size"], one["value"].astype(float), color=colour, marker=marker, label=contender)
+            sizes = sorted(set(group["size"]))
+            place.set(xscale="log", yscale="log", title=model, xlabel="side of the image, pixels")
+            place.set_xticks(sizes, [str(size) for size in sizes])
+            place.minorticks_off()
+        axes[0][0].set_ylabel(axis)
+        axes[0][-1].legend()
+    return figure

@@ -1,0 +1,100 @@
+"""config/speed.yaml: which models, sizes and contenders are measured, and the parts that this makes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hires.errors import HiresError, unknown
+
+ROOT = Path("results/speed")
+STEPS = {"flux": (30, 18), "sdxl": (50, 20)}  # ScaleDiff: of the base stage, of every later one
+Side = Annotated[int, Field(ge=1)]
+Name = Literal["scalediff", "multidiffusion", "dense", "scale-dit", "attention-free"]
+
+
+class Section(BaseModel):
+    """A part of the file: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """What is measured of one model. The first size is its base."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+    sizes: list[Side] = Field(min_length=1)
+    contenders: list[Name] = Field(min_length=1)
+    check: Side
+    largest: list[Side] = []
+
+
+class Speed(Section):
+    """The file."""
+
+    repeats: int = Field(3, ge=1)
+    patience: float = Field(20, gt=0)
+    compile: bool = True
+    models: dict[str, Model]
+    without_gpu: dict[str, Model]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement, one file. `kind`: steps (and VAE) of all contenders at a size, text, image, options, largest."""
+
+    name: str
+    model: str
+    kind: Literal["steps", "text", "image", "options", "largest"]
+    size: int
+
+
+def load_speed(path: Path) -> Speed:
+    """Read the file; HiresError says in one line what is wrong with it."""
+    try:
+        return Speed(**yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise HiresError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, TypeError) as error:
+        raise HiresError(f"{path} is no mapping in YAML: {' '.join(str(error).split())[:160]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise HiresError(f"{path}: {place} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def cascade_steps(model: str) -> tuple[int, int]:
+    """Steps of the base stage and of every later one, as ScaleDiff has them for the model's family."""
+    return STEPS["sdxl" if "sdxl" in model else "flux"]
+
+
+def parts(models: dict[str, Model]) -> list[Part]:
+    """The parts in the order in which they are measured: what the tables need first."""
+    steps = [Part(f"{name}-{size}", name, "steps", size) for name, model in models.items() for size in model.sizes]
+    others = [
+        part
+        for name, model in models.items()
+        for part in (
+            Part(f"{name}-text", name, "text", 0),
+            Part(f"{name}-image", name, "image", model.check),
+            Part(f"{name}-options", name, "options", model.check),
+            *([Part(f"{name}-largest", name, "largest", model.largest[-1])] if model.largest else []),
+        )
+    ]
+    return sorted(steps, key=lambda part: part.size) + others
+
+
+def choose(found: list[Part], names: list[str]) -> list[Part]:
+    """The parts of these names, all without names; HiresError names the nearest right one."""
+    table = {part.name: part for part in found}
+    for name in names:
+        if name not in table:
+            raise unknown("part", name, table)
+    return [table[name] for name in names] if names else found
+
+
+def root(gpu: bool, folder: Path = ROOT) -> Path:
+    """Where the results go: a run without a GPU never writes over one with it."""
+    return folder if gpu else folder / "cpu"
