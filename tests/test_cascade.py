@@ -11,6 +11,8 @@ from PIL import Image
 from hires.backbones import Backbone
 from hires.cascade import Meter, base_latents, cascade, decode, seed_stage, to_images, to_pixels
 from hires.errors import HiresError
+from hires.methods import resize, sharpen
+from hires.methods.diffusehigh import approximation
 from hires.models import HINTS, build_pipeline
 from hires.settings import Sampling
 from hires.variants import VARIANTS, Variant
@@ -169,7 +171,44 @@ def test_sg_of_full_strength_ends_on_the_reference(flux):
     close(stage.latents, F.interpolate(base.latents, scale_factor=2, mode="bicubic", align_corners=False))
 
 
-@pytest.mark.parametrize("setting", [{"lfm": True}, {"sg": True}, {"attention": "npa"}, {"views": "multidiffusion"}])
+def test_diffusehigh_is_its_definition(backbone):
+    """A stage step by step: decode, the enlarged image's wavelet approximation, encode, for the first step of two."""
+    sampling = Sampling(dwt_steps=1).over(FAST)
+    base, stage = cascade(backbone, PROMPTS[:1], [9], VARIANTS["diffusehigh"], 256, 256, sampling)
+    sampling = sampling.over(backbone.defaults)
+    image = sharpen(resize(backbone.decode(base.latents), (256, 256), "bicubic"), 1.0)
+    schedule = backbone.schedule(sampling, (16, 16), 1)
+    generator = torch.Generator()
+    seed_stage([generator], [9], 1)
+    x = schedule.add_noise(backbone.encode(image), backbone.noise([generator], (32, 32)))
+    with torch.no_grad():
+        text = backbone.encode_prompt(PROMPTS[:1], sampling)
+        for step in (1, 2):
+            output = backbone.predict(x, schedule, step, text, sampling, (256, 256))
+            if step == 1:
+                pixels = backbone.decode(schedule.to_x0(output, x, step))
+                guided = pixels + approximation(image) - approximation(pixels)
+                output = schedule.from_x0(backbone.encode(guided), x, step)
+            x = schedule.step(output, x, step, [generator])
+    close(stage.latents, x, 1e-3)
+    plain = last(backbone, PROMPTS[:1], [9], Variant(), 256, 256, sampling, base=base.latents).latents
+    unguided = Variant(dwt=True)
+    none = Sampling(dwt_steps=0).over(sampling)
+    assert torch.equal(last(backbone, PROMPTS[:1], [9], unguided, 256, 256, none, base=base.latents).latents, plain)
+    assert (stage.latents - plain).abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lfm": True},
+        {"sg": True},
+        {"attention": "npa"},
+        {"views": "multidiffusion"},
+        {"dwt": True},
+        {"sharpening": 1.0},
+    ],
+)
 def test_every_part_of_a_variant_acts(flux, setting):
     base = base_latents(flux, PROMPTS[:1], [0], 192, 192, FAST)
     plain = last(flux, PROMPTS[:1], [0], Variant(), 192, 192, FAST, base=base).latents
@@ -372,6 +411,7 @@ def test_a_window_of_one_token_is_refused_at_once():
         ({"seeds": [-1]}, "seed -1"),
         ({"height": 500}, "nearest allowed sizes"),
         ({"variant": Variant(start="noise", sg=True)}, "no base image"),
+        ({"variant": Variant(start="noise", sharpening=1.0)}, "lfm, sharpening, sg, dwt must be off"),
         ({"variant": Variant(start="noise"), "height": 100}, "multiples of 32"),
         ({"variant": Variant(views="multidiffusion", attention="npa")}, "allowed: dense"),
         ({"variant": Variant(adapter="detail")}, "only attention 'scale_dit' uses one"),

@@ -8,7 +8,18 @@ import torch
 from PIL import Image
 
 from hires.errors import HiresError
-from hires.methods import gamma, latent_frequency_mixing, low_pass, multidiffusion, resize, structure_guidance, views
+from hires.methods import (
+    gamma,
+    latent_frequency_mixing,
+    low_pass,
+    multidiffusion,
+    resize,
+    sharpen,
+    structure_guidance,
+    views,
+    wavelet_guidance,
+)
+from hires.methods.diffusehigh import DB4, approximation
 
 KERNELS = ["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
 
@@ -175,6 +186,63 @@ def test_sg_of_weight_one_takes_over_the_low_band():
     torch.testing.assert_close(
         guided - low_pass(guided, "fft", 1 / 4), x0 - low_pass(x0, "fft", 1 / 4), atol=1e-5, rtol=1e-5
     )
+
+
+def wavelet_bands(n):
+    """Analysis matrices (low, high) of one db4 level on the mirrored signal, tap by tap, and their adjoints on it."""
+    low, count = np.array(DB4), (n + 7) // 2
+    high = np.array([(-1) ** k * low[7 - k] for k in range(8)])
+    analysis, synthesis = np.zeros((2, count, n)), np.zeros((2, n, count))
+    for band, taps in enumerate((low, high)):
+        for k in range(count):
+            for tap in range(8):
+                place = 2 * k - 6 + tap
+                if 0 <= place < n:
+                    synthesis[band, place, k] += taps[tap]
+                analysis[band, k, -1 - place if place < 0 else min(place, 2 * n - 1 - place)] += taps[tap]
+    return analysis, synthesis
+
+
+def test_db4_is_daubechies():
+    """Orthonormal to its even shifts, and its high-pass blind to polynomials of degree 3: what defines it."""
+    taps = np.array(DB4)
+    for shift in range(4):
+        assert taps[2 * shift :] @ taps[: 8 - 2 * shift] == pytest.approx(float(shift == 0), abs=1e-11)
+    for degree in range(4):
+        moment = sum((-1) ** k * taps[k] * k**degree for k in range(8))
+        assert moment == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [(16, 22), (17, 24), (31, 9)])
+def test_wavelet_guidance_replaces_one_band(size):
+    """The transform in full: (low, low) of the reference, the other three bands of the image, then its inverse."""
+    image, reference = noise(2, 3, *size).double(), noise(2, 3, *size, seed=1).double()
+    (rows, back_rows), (columns, back_columns) = (wavelet_bands(n) for n in size)
+    want, whole = np.zeros(image.shape), np.zeros(image.shape)
+    for i in range(2):
+        for j in range(2):
+            for at in np.ndindex(*image.shape[:2]):
+                source = reference if i == j == 0 else image
+                for into, x in ((want, source), (whole, image)):
+                    band = rows[i] @ x[at].numpy() @ columns[j].T
+                    into[at] += back_rows[i] @ band @ back_columns[j].T
+    np.testing.assert_allclose(whole, image, atol=1e-9)  # the bands make up the image
+    given = wavelet_guidance(image, approximation(reference))
+    np.testing.assert_allclose(given, want, atol=1e-9)
+
+
+def test_sharpening_is_the_unsharp_mask():
+    x = noise(1, 2, 6, 7).double()
+    weights = np.exp(-np.array([[i * i + j * j for j in (-1, 0, 1)] for i in (-1, 0, 1)]) / 2)
+    weights /= weights.sum()
+    want = np.zeros(x.shape)
+    for at in np.ndindex(*x.shape):
+        b, c, i, j = at
+        rows, columns = ([n - abs(n - abs(k)) for k in (m - 1, m, m + 1)] for m, n in ((i, 5), (j, 6)))
+        blurred = sum(weights[p, q] * x[b, c, rows[p], columns[q]] for p in range(3) for q in range(3))
+        want[at] = x[at] + 0.7 * (x[at] - blurred)
+    np.testing.assert_allclose(sharpen(x, 0.7), want, atol=1e-12)
+    assert sharpen(x, 0.0) is x
 
 
 def test_gamma():

@@ -24,10 +24,10 @@ from hires.attention.layers import scaled
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
+from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
 from hires.methods.lfm import latent_frequency_mixing
 from hires.methods.multidiffusion import multidiffusion
-from hires.methods.sg import Gamma, gamma, structure_guidance
 from hires.settings import Sampling
 from hires.sizes import Size, check_multiple, stage_sizes
 from hires.variants import Variant
@@ -171,14 +171,14 @@ def _denoise(
     generators: Sequence[Generator],
     name: str,
     base_size: Size,
-    reference: Tensor | None = None,
     callback: Callback | None = None,
+    guides: Sequence[Guide] = (),
     low: Guidance | None = None,
 ) -> Tensor:
     """Run a stage's steps: clean latents of noisy ones. `base_size` in latent pixels: the window, and the view.
 
-    `reference`: Z_ref of Structure Guidance, or None to run without it. `low`: what Scale-DiT's steps see of the
-    low-resolution image, or None.
+    `guides` change the model's output, one after the other. `low`: what Scale-DiT's steps see of the low-resolution
+    image, or None.
     """
     size = (latents.shape[2], latents.shape[3])
     first, steps = schedule.first, schedule.num_inference_steps - schedule.first
@@ -191,10 +191,6 @@ def _denoise(
         options["shifts"] = draw_shifts(generators, steps, layers, sampling.window_overlap)
     if low is not None:
         options["guidance"] = low
-    kind: Gamma = sampling.gamma or "normalised"
-    factor = sampling.sg_factor or 1.0
-    low_reference = None if reference is None else low_pass(reference, sampling.low_pass, factor)
-    shares = schedule.noise_shares
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
     with (
@@ -204,11 +200,8 @@ def _denoise(
         for step in range(first, schedule.num_inference_steps):
             attention.step = step - first
             output = predict(latents, step)
-            if low_reference is not None:
-                weight = sampling.gamma_scale * gamma(kind, shares, first, step)
-                x0 = schedule.to_x0(output, latents, step)
-                x0 = structure_guidance(x0, low_reference, weight, sampling.low_pass, factor)
-                output = schedule.from_x0(x0, latents, step)
+            for guide in guides:
+                output = guide(output, latents, step)
             latents = schedule.step(output, latents, step, generators)
             if callback is not None:
                 callback(name, step - first + 1, steps, latents)
@@ -237,7 +230,7 @@ def _from_noise(
 def _reference(
     backbone: Backbone,
     latents: Tensor,
-    picture: Callable[[], Tensor],
+    enlarged: Callable[[], Tensor],
     size: Size,
     sampling: Sampling,
     variant: Variant,
@@ -245,13 +238,12 @@ def _reference(
 ) -> Tensor:
     """Z_ref at `size` (pixels): z_RU + LP(z_LU) − LP(z_RU) with LFM, else z_RU or z_LU alone.
 
-    z_LU: the upsampled latents. z_RU: the encoding of the upsampled `picture`.
+    z_LU: the upsampled latents. z_RU: the encoding of the picture that is `enlarged`.
     """
     latent_upsampled = resize(latents, backbone.latent_size(*size), sampling.upsampling)
     if not variant.lfm and sampling.reference == "latent":
         return latent_upsampled
-    enlarged = resize(picture(), size, sampling.upsampling)
-    rgb_upsampled = backbone.encode(enlarged, generators, sampling.posterior, sampling.vae_tiling)
+    rgb_upsampled = backbone.encode(enlarged(), generators, sampling.posterior, sampling.vae_tiling)
     if not variant.lfm:
         return rgb_upsampled
     return latent_frequency_mixing(latent_upsampled, rgb_upsampled, sampling.low_pass, sampling.lfm_factor or 1.0)
@@ -301,20 +293,27 @@ def _stage_inputs(
     sampling: Sampling,
     variant: Variant,
     generators: Sequence[Generator],
-) -> tuple[Tensor, Guidance | None]:
-    """Z_ref and Scale-DiT's guidance of a stage of `size` (pixels) that begins with `latents`.
+    schedule: Schedule,
+) -> tuple[Tensor, list[Guide], Guidance | None]:
+    """Z_ref, guides and Scale-DiT's guidance of a stage of `size` (pixels) that begins with `latents`.
 
-    Both may ask for the picture of these latents: the user's own, else it is decoded, once.
+    All may ask for the picture of these latents: the user's own, else it is decoded, once.
     """
 
     @functools.cache
     def picture() -> Tensor:
         return backbone.decode(latents, sampling.vae_tiling) if image is None else image
 
-    reference = _reference(backbone, latents, picture, size, sampling, variant, generators)
+    @functools.cache
+    def enlarged() -> Tensor:
+        return sharpen(resize(picture(), size, sampling.upsampling), variant.sharpening)
+
+    reference = _reference(backbone, latents, enlarged, size, sampling, variant, generators)
+    guided = Guided(backbone, schedule, sampling, generators, reference, enlarged)
+    guides = [guide(guided) for name, guide in GUIDES.items() if getattr(variant, name)]
     latent_size = backbone.latent_size(*size)
     low = _low_resolution(backbone, latents, picture, latent_size, conditioning, sampling, variant, generators)
-    return reference, low
+    return reference, guides, low
 
 
 def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], variant: Variant) -> None:
@@ -323,8 +322,9 @@ def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], var
     for seed in seeds:
         if not 0 <= seed < 2**63:
             raise HiresError(f"seed {seed}: allowed: 0 to 2^63 − 1")
-    if variant.start == "noise" and (variant.lfm or variant.sg):
-        raise HiresError("a variant that starts from noise has no base image, so lfm and sg must be off")
+    of_base = ("lfm", "sharpening", *GUIDES)
+    if variant.start == "noise" and any(getattr(variant, name) for name in of_base):
+        raise HiresError(f"a variant that starts from noise has no base image: {', '.join(of_base)} must be off")
     if variant.views != "none" and variant.attention != "dense":
         raise HiresError(f"views of the base size leave {variant.attention!r} attention nothing to do: allowed: dense")
     if variant.attention == "scale_dit" and variant.start == "noise":
@@ -436,15 +436,17 @@ def cascade(
         if not variant.denoise:
             with Meter(backbone.device) as cost:
                 pixels = backbone.decode(latents, sampling.vae_tiling) if image is None else image
-                pixels = resize(pixels, size, sampling.upsampling)
+                pixels = sharpen(resize(pixels, size, sampling.upsampling), variant.sharpening)
             yield Stage("upsample", *size, None, pixels, 0, cost.seconds, cost.peak_bytes)
             return
         name = f"stage-{index}"
         with Meter(backbone.device) as cost:
             seed_stage(generators, seeds, index)
-            reference, low = _stage_inputs(backbone, latents, image, size, conditioning, sampling, variant, generators)
             first = backbone.first_step(stage_sampling)
             schedule = backbone.schedule(sampling, base_size, first)
+            reference, guides, low = _stage_inputs(
+                backbone, latents, image, size, conditioning, sampling, variant, generators, schedule
+            )
             noisy = schedule.add_noise(reference, backbone.noise(generators, backbone.latent_size(*size)))
             latents = _denoise(
                 backbone,
@@ -456,11 +458,11 @@ def cascade(
                 generators,
                 name,
                 base_size,
-                reference if variant.sg else None,
                 callback,
+                guides,
                 low,
             )
-            del low  # gigabytes of keys, at 4096² and above
+            del guides, low  # gigabytes of keys, at 4096² and above
         steps = schedule.num_inference_steps - first
         yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)
         image, stage_sampling = None, sampling

@@ -19,6 +19,7 @@ CONTRASTS = (
     ("scalediff", "npa+sg"),
     ("scalediff", "dense+lfm+sg"),
     ("scalediff", "multidiffusion+lfm+sg"),
+    ("scalediff", "diffusehigh"),
     ("scalediff", "direct"),
     ("scalediff", "upsample"),
     ("scale-dit", "upsample"),

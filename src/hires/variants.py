@@ -23,6 +23,8 @@ class Variant(BaseModel):
     views: Literal["none", "multidiffusion"] = Field("none", description="run the whole model on overlapping views")
     lfm: bool = Field(False, description="Latent Frequency Mixing")
     sg: bool = Field(False, description="Structure Guidance")
+    dwt: bool = Field(False, description="DiffuseHigh's wavelet guidance, in pixels")
+    sharpening: float = Field(0.0, ge=0, description="unsharp mask of the image that is enlarged for a stage")
     adapter: str | None = Field(None, description="LoRA that the variant needs")
 
 
@@ -37,6 +39,7 @@ VARIANTS: Mapping[str, Variant] = {
     "npa+lfm": Variant(attention="npa", lfm=True),
     "npa+sg": Variant(attention="npa", sg=True),
     "scalediff": Variant(attention="npa", lfm=True, sg=True),
+    "diffusehigh": Variant(dwt=True, sharpening=1.0),
     "scale-dit": Variant(stages="single", attention="scale_dit", adapter="scale-dit"),
     "hybrid": Variant(attention="scale_dit", lfm=True, sg=True, adapter="scale-dit"),
 }

@@ -30,6 +30,7 @@ _LOOKS = {
     "npa+lfm": ("#44aa99", "^"),
     "npa+sg": ("#117733", "v"),
     "scalediff": ("#332288", "o"),
+    "diffusehigh": ("#dd7788", "p"),
     "scale-dit": ("#c9a227", "<"),
     "hybrid": ("#7a4a2a", ">"),
 }

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from hires.methods.frequency import low_pass
+from hires.methods.guides import Guide, Guided
 from hires.settings import LowPass
 
 Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
@@ -38,3 +39,19 @@ def gamma(kind: Gamma, noise_shares: Sequence[float], first: int, step: int) -> 
     if kind == "normalised":
         return noise_shares[step] / noise_shares[first]
     return noise_shares[step]
+
+
+def guide(stage: Guided) -> Guide:
+    """Structure Guidance of every step toward Z_ref."""
+    schedule, sampling = stage.schedule, stage.sampling
+    kind: Gamma = sampling.gamma or "normalised"
+    factor, shares = sampling.sg_factor or 1.0, schedule.noise_shares
+    low = low_pass(stage.reference, sampling.low_pass, factor)
+
+    def act(output: Tensor, latents: Tensor, step: int) -> Tensor:
+        weight = sampling.gamma_scale * gamma(kind, shares, schedule.first, step)
+        x0 = schedule.to_x0(output, latents, step)
+        x0 = structure_guidance(x0, low, weight, sampling.low_pass, factor)
+        return schedule.from_x0(x0, latents, step)
+
+    return act

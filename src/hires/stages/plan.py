@@ -87,7 +87,8 @@ def _image_row(config: Config, images: ImageSet) -> Row:
                 view = entry.base_resolution
                 count = len(views((height // 8, width // 8), (view // 8, view // 8), sampling.view_overlap))
                 step = count * VIEW[entry.model]
-            seconds += (steps or 0) * step
+            guided = min(sampling.dwt_steps, steps or 0) if variant.dwt else 0
+            seconds += (steps or 0) * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
             before = (height, width)
     flop = None
     if steps is not None and entry.model in ARCHITECTURES:
