@@ -75,3 +75,34 @@ def test_no_step_looks_at_a_value(model):
             x0 = structure_guidance(schedule.to_x0(output, latents, step), latents, 0.5, "bilinear", 0.25)
             latents = schedule.step(schedule.from_x0(x0, latents, step), latents, step, [torch.Generator()])
     assert latents.is_meta and latents.shape == (1, 16, *size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny-flux", "tiny-sdxl"])
+@pytest.mark.parametrize("variant", ["scalediff", "multidiffusion+lfm+sg", "dense+lfm+sg"])
+def test_the_host_waits_for_no_step(model, variant):
+    backbone = load(model, "cuda", "bfloat16")
+    base = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def watch(stage, step, steps, latents):
+        torch.cuda.set_sync_debug_mode("error" if step < steps else "default")
+
+    sampling = Sampling.of(num_inference_steps=6, tau=500)
+    try:
+        list(cascade(backbone, ["a disc"], [0], VARIANTS[variant], 256, 256, sampling, base, callback=watch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "variant"), [("tiny-flux", "scalediff"), ("tiny-sdxl", "scalediff")])
+def test_compiled_latents_on_a_gpu(model, variant):
+    backbone = load(model, "cuda", "bfloat16")
+    base = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def latents():
+        return list(cascade(backbone, ["a disc"], [0], VARIANTS[variant], 256, 256, SAMPLING, base))[-1].latents
+
+    expected = latents()
+    compile_blocks(backbone.model)
+    assert (latents() - expected).norm() < 0.03 * expected.norm()

@@ -160,6 +160,7 @@ class Compute(Section):
     out_of_memory: Literal["refuse", "adapt"] = Field(
         "refuse", description="adapt goes on with half the batch or views, a tiled VAE, offload; records name which"
     )
+    compile: bool = Field(False, description="compile the model's blocks: a minute a size, then faster; other rounding")
     image_format: Literal["png", "tiff"] = Field(
         "png", description="both lossless; tiff is uncompressed and written faster"
     )

@@ -86,7 +86,8 @@ class SDXL(Backbone):
             latents = torch.cat([latents, latents])
             text = torch.cat([conditioning["negative_prompt_embeds"], text])
             pooled = torch.cat([conditioning["negative_pooled"], pooled])
-        time_ids = torch.tensor([[*told_size, 0, 0, *told_size]], device=latents.device, dtype=text.dtype)
+        time_ids = torch.tensor([[*told_size, 0, 0, *told_size]], dtype=text.dtype)
+        time_ids = time_ids.to(latents.device, non_blocking=True)  # the host goes on
         output = self.model(
             schedule.scale_model_input(latents, step).to(self.dtype),
             schedule.timesteps[step],

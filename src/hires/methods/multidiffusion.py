@@ -50,7 +50,7 @@ def multidiffusion(
     for at in range(0, len(jobs), view_batch):
         chunk = jobs[at : at + view_batch]
         crops = torch.stack([latents[image, :, i : i + height, j : j + width] for i, j, image in chunk])
-        images = torch.tensor([image for _, _, image in chunk], device=latents.device)
+        images = torch.tensor([image for _, _, image in chunk]).to(latents.device, non_blocking=True)
         for (i, j, image), output in zip(chunk, predict(crops, images), strict=True):
             total[image, :, i : i + height, j : j + width] += output
     return total / count

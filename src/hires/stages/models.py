@@ -26,12 +26,12 @@ def load(config: Config, backbone: str, device: str) -> "Backbone":
     entry, compute = config.backbones[backbone], config.compute
     given = entry.model, entry.weights, entry.dtype, tuple(entry.adapters.items()), device
     found: list[Backbone] = []
-    reason = attempt(lambda: found.append(_load(*given, compute.offload)))
+    reason = attempt(lambda: found.append(_load(*given, compute.offload, compute.compile)))
     if reason and device.startswith("cuda") and not compute.offload:
         if compute.out_of_memory == "refuse":
             raise HiresError(f"model {entry.model!r} does not fit: {reason}; what helps: compute.offload = true")
         print(f"model {entry.model!r} does not fit: {reason}; going on with offload = true", file=sys.stderr)
-        reason = attempt(lambda: found.append(_load(*given, True)))
+        reason = attempt(lambda: found.append(_load(*given, True, compute.compile)))
     if reason:
         raise HiresError(f"model {entry.model!r} does not fit: {reason}; it needs a machine with more memory")
     return found[0]
@@ -39,9 +39,16 @@ def load(config: Config, backbone: str, device: str) -> "Backbone":
 
 @lru_cache(maxsize=1)
 def _load(
-    model: str, weights: Any, dtype: str, adapters: tuple[tuple[str, str], ...], device: str, offload: bool
+    model: str,
+    weights: Any,
+    dtype: str,
+    adapters: tuple[tuple[str, str], ...],
+    device: str,
+    offload: bool,
+    compiled: bool,
 ) -> "Backbone":
     from hires.backbones import load
+    from hires.compilation import compile_blocks
 
     quiet("diffusers", "transformers")
     offload = offload and device.startswith("cuda")
@@ -49,6 +56,8 @@ def _load(
     if offload:
         backbone.pipe.enable_model_cpu_offload(device=device)
     backbone.adapters = {name: Path(place) for name, place in adapters}
+    if compiled:
+        compile_blocks(backbone.model)
     return backbone
 
 
