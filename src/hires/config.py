@@ -217,6 +217,9 @@ class Config(Section):
     def _names_and_sizes(self) -> Self:
         if self.name in TAKEN:
             raise HiresError(f"name = {self.name!r}: results/{self.name} is for other things; choose another name")
+        for name, parameters in self.notebooks.items():
+            for key in parameters.keys() & {"results", "output"}:
+                raise HiresError(f"notebooks.{name}.{key}: follows from the configuration's name; leave it out")
         for name in self.own_variants:
             if name in VARIANTS:
                 raise HiresError(f"variants.{name}: a built-in variant has this name; choose another one")

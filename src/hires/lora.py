@@ -80,6 +80,8 @@ def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
         if not key.startswith("transformer.") or name not in layers:
             raise HiresError(f"LoRA {source} is of another architecture: this model has no layer {name!r}")
         layer, reads = layers[name], matrix.startswith("A")
+        if weight.ndim != 2:
+            raise HiresError(f"LoRA {source}: its {key!r} is no matrix, but of shape {tuple(weight.shape)}")
         given, wanted = (weight.shape[1], layer.in_features) if reads else (weight.shape[0], layer.out_features)
         if given != wanted:
             raise HiresError(f"LoRA {source} is of another architecture: {name} is {wanted} wide here, {given} there")

@@ -13,6 +13,7 @@ from PIL import Image
 from hires import parquet
 from hires.errors import HiresError
 from hires.storage import Damaged, read_json, read_sealed
+from hires.untrusted import member
 
 TRUE = "true image"
 _REFERENCE = "reference"  # what the table of scores calls them
@@ -100,7 +101,7 @@ class Results:
         for manifest in sorted(self.path.glob("images/*/*/*/*/*/shard-*.json")):
             record = read_sealed(manifest)
             for image in record["images"]:
-                place = {"id": image["id"], "seed": image["seed"], "path": manifest.parent / image["file"]}
+                place = {"id": image["id"], "seed": image["seed"], "path": member(manifest.parent, image["file"])}
                 rows.append({**{name: record[name] for name in SET}, **place})
         return self._in_order(pd.DataFrame(rows, columns=[*SET, "id", "seed", "path"]))
 

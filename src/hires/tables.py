@@ -1,5 +1,6 @@
 """Scores as tables: what a metric is called, which way is better, and how a value with its interval is written."""
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from hires.errors import printable
 from hires.results import TRUE, named, repository_root, size_name, where
 from hires.variants import VARIANTS
 
@@ -220,16 +222,26 @@ def beside(metrics: pd.DataFrame, printed: pd.DataFrame, paper: str) -> pd.DataF
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A pipe table; numbers are aligned right by their readers' style sheets."""
+    """A pipe table; numbers are aligned right by their readers' style sheets. No cell is HTML or a link."""
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(_cell_text, line)) + " |" for line in lines) + "\n"
+
+
+def _cell_text(value: Any) -> str:
+    text = printable(html.escape(str(value), quote=False))
+    return text.replace("|", "\\|").replace("](", "]\\(")
+
+
+def _inert(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, marked as text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
 
 
 def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> str:
     """Write `folder`/tables/`name`.csv (the tidy rows, unrounded) and .md (as shown); returns the Markdown."""
     target = folder / "tables"
     target.mkdir(parents=True, exist_ok=True)
-    tidy.to_csv(target / f"{name}.csv", index=False)
+    tidy.map(_inert).to_csv(target / f"{name}.csv", index=False)
     text = markdown(shown)
     (target / f"{name}.md").write_text(text, encoding="utf-8")
     return text

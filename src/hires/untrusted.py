@@ -127,6 +127,13 @@ def _count(node: yaml.Node, counts: dict[int, int], path: Path) -> int:
     return counts[id(node)]
 
 
+def member(folder: Path, name: object) -> Path:
+    """`folder`/`name`; HiresError unless that is a file in the folder itself."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or Path(name).name != name:
+        raise HiresError(f"{name!r} is not the name of a file in {folder}")
+    return folder / name
+
+
 def parse_json(data: str | bytes) -> Any:
     """The value of a JSON text; ValueError where it is none, also where it is nested too deep."""
     try:

@@ -6,10 +6,12 @@ A subcommand module has `add_arguments(parser)` and `run(args) -> int | None`.
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hires import __version__
-from hires.errors import HiresError, unknown
+from hires.errors import HiresError, redacted, unknown
 
 # name -> one line of help; the module is hires.cli.<name with "-" as "_">
 COMMANDS = {
@@ -38,9 +40,9 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; exit code 0, or 2 with one line on stderr for bad input."""
+    """Run one subcommand; exit code 0, or 2 with one line on stderr for bad input (1: a fault of ours)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="hires", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="hires", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"hires {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise unknown("command", argv[0], COMMANDS)
         module = importlib.import_module(f"hires.cli.{argv[0].replace('-', '_')}")
-        sub = argparse.ArgumentParser(
+        sub = _Parser(
             prog=f"hires {argv[0]}",
             description=(module.__doc__ or COMMANDS[argv[0]]).strip(),
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -61,13 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HiresError as error:
         print(f"hires {argv[0]}: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        from hires.oom import ADVICE, described, exhausted
-
-        if not exhausted(error):
-            raise
-        print(f"hires {argv[0]}: {described(error)}; {ADVICE}", file=sys.stderr)
+    except OSError as error:  # a name that the file system refuses, a file that can't be read
+        print(f"hires {argv[0]}: {HiresError(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"hires {argv[0]}: interrupted; finished work is kept", file=sys.stderr)
         return 130
+    except Exception as error:
+        from hires.oom import ADVICE, described, exhausted
+
+        if exhausted(error):
+            print(f"hires {argv[0]}: {described(error)}; {ADVICE}", file=sys.stderr)
+            return 2
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(str(HiresError(message)))

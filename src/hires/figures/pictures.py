@@ -48,7 +48,15 @@ def comparison(
         plt.close(figure)
         for column, name in enumerate(columns):
             x = (column + 0.5) * cell / size[0]
-            figure.text(x, 1 - (head - 0.05) / size[1], _broken(label(name)), ha="center", va="bottom", fontsize=7)
+            figure.text(
+                x,
+                1 - (head - 0.05) / size[1],
+                _broken(label(name)),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                parse_math=False,
+            )
         for row, (caption, images) in enumerate(rows):
             top = head + row * step
             guide = images[next(name for name in reversed(columns) if name in images)]
@@ -60,7 +68,16 @@ def comparison(
                     place = (left / size[0], bottom / size[1], wide / size[0], high / size[1])
                     _draw(figure.add_axes(place), images[name], box, crop=panel == 1)
             y = 1 - (top + step - _CAPTION + 0.02) / size[1]
-            figure.text(_GAP / size[0], y, _shortened(caption), ha="left", va="top", fontsize=6, color="#444444")
+            figure.text(
+                _GAP / size[0],
+                y,
+                _shortened(caption),
+                ha="left",
+                va="top",
+                fontsize=6,
+                color="#444444",
+                parse_math=False,
+            )
     return figure
 
 

@@ -1,6 +1,7 @@
 """The HTML report: one file with everything in it, that needs no network and no server."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -72,7 +73,7 @@ def write(results: Results, target: Path, name: str, lossless_prompts: int = 2, 
     folder = files("hires.report")
     page = Environment(autoescape=True).from_string((folder / "template.html").read_text(encoding="utf-8"))
     gallery = _gallery(results, lossless_prompts, max_megabytes * 1e6)
-    html = page.render(
+    text = page.render(
         name=name,
         style=(folder / "style.css").read_text(encoding="utf-8"),
         script=(folder / "script.js").read_text(encoding="utf-8"),
@@ -85,16 +86,20 @@ def write(results: Results, target: Path, name: str, lossless_prompts: int = 2, 
         data=json.dumps(gallery, ensure_ascii=False).replace("<", "\\u003c"),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html, encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
 
 
 def read_table(markdown: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a pipe table."""
     lines = [
-        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        [_plain(cell.strip()) for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
         for line in markdown.strip().splitlines()
     ]
     return lines[0], lines[2:]
+
+
+def _plain(cell: str) -> str:
+    return html.unescape(cell.replace("\\|", "|").replace("]\\(", "]("))
 
 
 def _studies(results: Results) -> list[str]:

@@ -12,6 +12,7 @@ from hires.shards import read_manifest
 from hires.stages import VERSIONS, models
 from hires.stages.images import image_sets
 from hires.storage import digest, remade, sha256
+from hires.untrusted import member
 
 if TYPE_CHECKING:
     from hires.scenes import Camera
@@ -47,7 +48,7 @@ def run_references(config: Config, height: int, width: int, device: str | None =
 def read_manifests(paths: Sequence[Path], stage: str) -> list[dict[str, Any]]:
     """The images of some shards, each entry with its path under `file`."""
     return [
-        {**entry, "file": path.parent / entry["file"]}
+        {**entry, "file": member(path.parent, entry["file"])}
         for path in paths
         for entry in read_manifest(path, stage)["images"]
     ]

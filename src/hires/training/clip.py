@@ -40,7 +40,7 @@ def train(
     torch.manual_seed(seed)
     model, tokenizer = build_clip(seed)
     if resume is not None:
-        model = CLIPModel.from_pretrained(resume, dtype=torch.float32)
+        model = CLIPModel.from_pretrained(resume, dtype=torch.float32, use_safetensors=True)
     model = model.to(device).train()
     pixels, texts = pool.images, pool.captions
 

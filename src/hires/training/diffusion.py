@@ -181,8 +181,12 @@ def train(
         distil_steps, distil_seconds: tiny-flux's guidance distillation from its own EMA (g uniform in [1, 4]).
     """
     torch.manual_seed(seed)
-    pipe = type(build_pipeline(name)).from_pretrained(resume) if resume else build_pipeline(name, seed)
-    pipe.vae = AutoencoderKL.from_pretrained(vae).eval().requires_grad_(False).to(device)
+    pipe = (
+        type(build_pipeline(name)).from_pretrained(resume, use_safetensors=True)
+        if resume
+        else build_pipeline(name, seed)
+    )
+    pipe.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True).eval().requires_grad_(False).to(device)
     for part in ("transformer", "unet", "text_encoder", "text_encoder_2"):
         if part in pipe.components:
             pipe.components[part].float().requires_grad_(True).to(device)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hires.errors import HiresError, unknown
 from hires.settings import Sampling
+from hires.untrusted import read_yaml
 
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -116,11 +116,9 @@ class Recipe(Section):
     def load(cls, path: Path, **overrides: Any) -> Self:
         """Read and validate a recipe; `overrides` replace keys of the file. HiresError, one line, on any mistake."""
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise HiresError(f"recipe {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-        except yaml.YAMLError as error:
-            raise HiresError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+            data = read_yaml(path)
+        except OSError as error:
+            raise HiresError(f"recipe {path} can't be read: {error.strerror}") from None
         if not isinstance(data, dict):
             raise HiresError(f"recipe {path}: must be a mapping of keys: {', '.join(cls.model_fields)}")
         try:

@@ -58,7 +58,7 @@ def train(
     """Train tiny-vae on a pool and save it to `out`; scaling_factor is 1 / std of the latents."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = True
-    vae = AutoencoderKL.from_pretrained(resume) if resume else build_vae()
+    vae = AutoencoderKL.from_pretrained(resume, use_safetensors=True) if resume else build_vae()
     vae = vae.to(device, memory_format=torch.channels_last).train()
     images = pool.images
 
