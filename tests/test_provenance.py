@@ -1,5 +1,9 @@
 """What leads from an image to all that made it."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
 
+import hires
 from hires import layout
 from hires.adapters import adapter_digests
 from hires.config import load_config
@@ -166,3 +171,15 @@ def test_offloaded_weights_give_the_same_digest():
     cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
     assert any(x.is_meta for x in pipe.transformer.parameters())
     assert adapter_digests(pipe) == resident
+
+
+def test_a_copy_without_its_history_is_told_its_commit(tmp_path):
+    copied = shutil.copytree(Path(hires.__path__[0]), tmp_path / "hires", ignore=shutil.ignore_patterns("assets"))
+    code = "from hires import provenance; facts = provenance.machine(); print(facts['commit'], facts['dirty'])"
+    told = {}
+    for commit in ("", "a1" * 20):
+        environment = os.environ | {"PYTHONPATH": f"{copied.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        environment |= {"HIRES_COMMIT": commit} if commit else {}
+        command = [sys.executable, "-c", code]
+        told[commit] = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True).split()
+    assert told == {"": ["None", "None"], "a1" * 20: ["a1" * 20, "None"]}

@@ -23,8 +23,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "torchmetrics",
 def record(config: Config, **facts: Any) -> dict[str, Any]:
     """Provenance of what this process makes, as JSON-like values; `facts` are added as they are.
 
-    Keys: `time` (UTC), `hires`, `commit` and `dirty` (None where the code lies in no git checkout), `python`,
-    `packages`, `system`, `cpu`, `cores`, `gpu` (None on the CPU), `config` (digest of the configuration).
+    Keys: `time` (UTC), `hires`, `commit` and `dirty` (where the code lies in no git checkout: HIRES_COMMIT, and None),
+    `python`, `packages`, `system`, `cpu`, `cores`, `gpu` (None on the CPU), `config` (digest of the configuration).
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +103,7 @@ def _commit() -> tuple[str | None, bool | None]:
             return None
 
     if git("ls-files", "--error-unmatch", here.name) is None:
-        return None, None
+        return os.environ.get("HIRES_COMMIT"), None  # a copy without its history may be told
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return head, bool(changes)
 
