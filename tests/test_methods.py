@@ -280,8 +280,10 @@ def test_view_larger_than_the_canvas():
 def test_multidiffusion_is_the_mean_over_views(view_batch):
     latents, scale = noise(3, 2, 20, 24), torch.tensor([1.0, 2.0, -1.0])
 
-    def predict(crops, images):
+    def predict(crops, images, places):
         assert len(crops) <= view_batch
+        for crop, image, (i, j, n) in zip(crops, images, places, strict=True):
+            assert n == image and torch.equal(crop, latents[image, :, i : i + 8, j : j + 12])
         return torch.tanh(crops - crops.mean((2, 3), keepdim=True)) * scale[images].view(-1, 1, 1, 1)
 
     # Pixel by pixel: which views hold it, and the mean of what each says about it.
@@ -289,7 +291,9 @@ def test_multidiffusion_is_the_mean_over_views(view_batch):
     corners = views((20, 24), (8, 12), 0.5)
     for image in range(3):
         outputs = {
-            (i, j): predict(latents[image : image + 1, :, i : i + 8, j : j + 12], torch.tensor([image]))[0]
+            (i, j): predict(
+                latents[image : image + 1, :, i : i + 8, j : j + 12], torch.tensor([image]), [(i, j, image)]
+            )[0]
             for i, j in corners
         }
         for y in range(20):

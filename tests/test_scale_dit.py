@@ -403,7 +403,7 @@ def test_refusals_of_scale_dit(backbone, pipe):
     cases = [
         (
             lambda: last(sdxl, VARIANTS["scale-dit"], Sampling(num_inference_steps=3)),
-            "scale_dit stands in for FluxAttnProcessor only",
+            "scale_dit stands in for FLUX's stock and IP-Adapter processors",
         ),
         (lambda: last(sdxl, local, Sampling(lr_ratio=2)), "lr_ratio = 2.0 means nothing to a sdxl model"),
         (lambda: last(bare, VARIANTS["scale-dit"]), "pipe.load_lora_weights"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
@@ -24,6 +25,7 @@ from hires.attention.layers import scaled
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
+from hires.extras import NO_EXTRAS, Control, Extras
 from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
 from hires.methods.lfm import latent_frequency_mixing
@@ -117,15 +119,21 @@ def _predictor(
     variant: Variant,
     view: Size,
     told_size: Size,
+    control: Control | None,
 ) -> Callable[[Tensor, int], Tensor]:
     """(latents, step) -> model output: one call on the whole canvas, or the mean over MultiDiffusion's views."""
     if variant.views == "none":
-        return lambda latents, step: backbone.predict(latents, schedule, step, conditioning, sampling, told_size)
+        return lambda latents, step: backbone.predict(
+            latents, schedule, step, conditioning, sampling, told_size, control
+        )
 
     def on_views(latents: Tensor, step: int) -> Tensor:
-        def predict(crops: Tensor, images: Tensor) -> Tensor:
+        canvas = (latents.shape[2], latents.shape[3])
+
+        def predict(crops: Tensor, images: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
             rows = {name: value[images] for name, value in conditioning.items()}
-            return backbone.predict(crops, schedule, step, rows, sampling, told_size)
+            seen = None if control is None else control.views(places, view, canvas)
+            return backbone.predict(crops, schedule, step, rows, sampling, told_size, seen)
 
         return multidiffusion(predict, latents, view, sampling.view_overlap, sampling.view_batch)
 
@@ -152,8 +160,9 @@ def _check_stages(
     """Refuse an attention or a filter that doesn't fit one of the stages, before any work; sizes in latent pixels."""
     options = _attention_options(variant, sampling)
     for size in sizes:
-        with use_attention(backbone.model, variant.attention, size, base_size, **options):
-            pass
+        for model in (backbone.model, *backbone.controlnets):
+            with use_attention(model, variant.attention, size, base_size, **options):
+                pass
         for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
             if used:
                 low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
@@ -174,31 +183,36 @@ def _denoise(
     callback: Callback | None = None,
     guides: Sequence[Guide] = (),
     low: Guidance | None = None,
+    control: Control | None = None,
 ) -> Tensor:
     """Run a stage's steps: clean latents of noisy ones. `base_size` in latent pixels: the window, and the view.
 
     `guides` change the model's output, one after the other. `low`: what Scale-DiT's steps see of the low-resolution
-    image, or None.
+    image, or None. `control`: what the ControlNets see, or None; they have the variant's attention as well.
     """
     size = (latents.shape[2], latents.shape[3])
     first, steps = schedule.first, schedule.num_inference_steps - schedule.first
     told_latents = base_size if sampling.time_ids == "base" else size
     told_size = (told_latents[0] * backbone.scale, told_latents[1] * backbone.scale)
-    predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size)
+    predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size, control)
     options = _attention_options(variant, sampling)
-    if variant.attention == "npa" and sampling.random_shift:  # drawn before the loop, a table of steps and layers
-        layers = scaled(attention_layers(backbone.model, size, base_size), sampling.window_scale)
-        options["shifts"] = draw_shifts(generators, steps, layers, sampling.window_overlap)
     if low is not None:
         options["guidance"] = low
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
-    with (
-        adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=False),
-        use_attention(backbone.model, variant.attention, canvas, base_size, **options) as attention,
-    ):
+    with contextlib.ExitStack() as contexts:
+        contexts.enter_context(adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=False))
+        handles = []
+        for model in (backbone.model, *(backbone.controlnets if control else ())):
+            if variant.attention == "npa" and sampling.random_shift:  # a table of steps and layers, before the loop
+                layers = scaled(attention_layers(model, size, base_size), sampling.window_scale)
+                options["shifts"] = draw_shifts(generators, steps, layers, sampling.window_overlap)
+            handles.append(
+                contexts.enter_context(use_attention(model, variant.attention, canvas, base_size, **options))
+            )
         for step in range(first, schedule.num_inference_steps):
-            attention.step = step - first
+            for handle in handles:
+                handle.step = step - first
             output = predict(latents, step)
             for guide in guides:
                 output = guide(output, latents, step)
@@ -218,12 +232,24 @@ def _from_noise(
     size: Size,
     base_size: Size,
     callback: Callback | None,
+    extras: Extras,
 ) -> Tensor:
     """Clean latents of `size` from pure noise over the whole schedule; sizes in latent pixels."""
     schedule = backbone.schedule(sampling, base_size)
+    control = backbone.control(extras, (size[0] * backbone.scale, size[1] * backbone.scale), generators, sampling)
     noise = backbone.noise(generators, size) * schedule.init_noise_sigma
     return _denoise(
-        backbone, noise, schedule, conditioning, sampling, variant, generators, name, base_size, callback=callback
+        backbone,
+        noise,
+        schedule,
+        conditioning,
+        sampling,
+        variant,
+        generators,
+        name,
+        base_size,
+        callback=callback,
+        control=control,
     )
 
 
@@ -316,7 +342,21 @@ def _stage_inputs(
     return reference, guides, low
 
 
-def _check(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], variant: Variant) -> None:
+def _check(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    variant: Variant,
+    sampling: Sampling,
+    extras: Extras,
+) -> None:
+    backbone.check_extras(extras)
+    if variant.attention == "scale_dit" and extras.control_images:
+        raise HiresError(
+            "a ControlNet has no keys of the low-resolution image that scale_dit needs: choose another variant"
+        )
+    if variant.attention == "scale_dit" and (sampling.true_cfg_scale or 0) > 1:
+        raise HiresError("true_cfg_scale: the low-resolution pass of scale_dit sees one prompt: leave it out")
     if len(prompts) != len(seeds):
         raise HiresError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
     for seed in seeds:
@@ -363,6 +403,7 @@ def cascade(
     callback: Callback | None = None,
     image: Tensor | None = None,
     strength: float | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Iterator[Stage]:
     """Make n images together and yield every stage as it is done, the base first, the target size last.
 
@@ -376,6 +417,7 @@ def cascade(
         callback: called after every step with (stage name, steps done, steps of the stage, noisy latents).
         image: (n, 3, h, w) in [−1, 1] at the base size: takes the base image's place (img2img).
         strength: in (0, 1]: takes the place of τ/1000 in the first stage above the base.
+        extras: images for the pipeline's ControlNets and IP-Adapters; they act at every stage.
 
     Raises:
         HiresError: a size that the rule refuses, τ that leaves no step, a variant that contradicts itself.
@@ -384,7 +426,7 @@ def cascade(
     backbone.check_settings(sampling)
     sampling = sampling.over(backbone.defaults)
     full = sampling.model_copy(update={"stage_shift": None})  # of a whole schedule, from noise
-    _check(backbone, prompts, seeds, variant)
+    _check(backbone, prompts, seeds, variant, sampling, extras)
     generators = [Generator() for _ in seeds]
     seed_stage(generators, seeds, 0)
 
@@ -396,8 +438,10 @@ def cascade(
         size = backbone.latent_size(height, width)
         _check_stages(backbone, variant, sampling, [size], window)
         with Meter(backbone.device) as cost:
-            conditioning = backbone.encode_prompt(prompts, sampling)
-            latents = _from_noise(backbone, conditioning, full, variant, generators, "noise", size, window, callback)
+            conditioning = backbone.conditioning(prompts, sampling, extras)
+            latents = _from_noise(
+                backbone, conditioning, full, variant, generators, "noise", size, window, callback, extras
+            )
         steps = sampling.num_inference_steps or 1
         yield Stage("noise", height, width, latents, None, steps, cost.seconds, cost.peak_bytes)
         return
@@ -416,7 +460,7 @@ def cascade(
         backbone.require_adapter(variant.adapter)
     steps, plain = 0, Variant(adapter=variant.adapter)
     with Meter(backbone.device) as cost:
-        conditioning = backbone.encode_prompt(prompts, sampling)
+        conditioning = backbone.conditioning(prompts, sampling, extras)
         if image is not None:
             image = image.to(backbone.device)
             latents = backbone.encode(image, generators, sampling.posterior, sampling.vae_tiling)
@@ -425,7 +469,7 @@ def cascade(
         else:
             steps = sampling.num_inference_steps or 1
             latents = _from_noise(
-                backbone, conditioning, full, plain, generators, "base", base_size, base_size, callback
+                backbone, conditioning, full, plain, generators, "base", base_size, base_size, callback, extras
             )
     yield Stage("base", *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
 
@@ -447,6 +491,7 @@ def cascade(
             reference, guides, low = _stage_inputs(
                 backbone, latents, image, size, conditioning, sampling, variant, generators, schedule
             )
+            control = backbone.control(extras, size, generators, sampling)
             noisy = schedule.add_noise(reference, backbone.noise(generators, backbone.latent_size(*size)))
             latents = _denoise(
                 backbone,
@@ -461,8 +506,9 @@ def cascade(
                 callback,
                 guides,
                 low,
+                control,
             )
-            del guides, low  # gigabytes of keys, at 4096² and above
+            del guides, low, control  # gigabytes of keys, at 4096² and above
         steps = schedule.num_inference_steps - first
         yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)
         image, stage_sampling = None, sampling
@@ -495,6 +541,21 @@ def decode(backbone: Backbone, stage: Stage | Tensor, tiling: bool | None = None
     else:
         pixels = backbone.decode(stage, tiling)
     return to_images(pixels)
+
+
+def preview(backbone: Backbone, stage: Stage | Tensor) -> list[Image.Image]:
+    """Small images of a stage, or of latents (n, C, h, w), for a look: no side longer than half the base resolution.
+
+    The latents are averaged over blocks and decoded, which costs a small share of a step.
+    """
+    given = stage if isinstance(stage, Tensor) else stage.latents if stage.pixels is None else stage.pixels
+    assert given is not None
+    scale = 1 if given.shape[1] == 3 else backbone.scale
+    side = backbone.base_resolution // 2 // scale
+    factor = max(1.0, max(given.shape[2:]) / side)
+    size = max(2, round(given.shape[2] / factor)), max(2, round(given.shape[3] / factor))
+    reduced = F.interpolate(given, size, mode="area")
+    return to_images(reduced) if given.shape[1] == 3 else decode(backbone, reduced, tiling=False)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -1,7 +1,7 @@
 """`hires.generate`: images from prompts in one call, and the record that makes an image again."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ import hires
 from hires.adapters import adapter_digests
 from hires.backbones.base import Backbone
 from hires.cascade import Callback, Stage, cascade, decode, to_pixels
+from hires.cascade import preview as small
 from hires.errors import HiresError
+from hires.extras import NO_EXTRAS, Extras, fitted
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.variants import Variant
@@ -26,23 +28,37 @@ def generate(
     height: int,
     width: int,
     seed: int | Sequence[int] = 0,
+    num_images_per_prompt: int = 1,
     image: Image.Image | None = None,
     strength: float | None = None,
+    crop: bool = False,
+    control_image: Image.Image | Sequence[Image.Image] | None = None,
+    controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+    control_guidance_start: float | Sequence[float] = 0.0,
+    control_guidance_end: float | Sequence[float] = 1.0,
+    control_mode: int | Sequence[int] | None = None,
+    ip_adapter_image: Image.Image | Sequence[Image.Image] | None = None,
+    ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None,
     callback: Callback | None = None,
+    preview: Callable[[str, list[Image.Image]], None] | None = None,
     **overrides: Any,
 ) -> list[Image.Image]:
-    """Images of height × width pixels, one per prompt.
+    """Images of height × width pixels, `num_images_per_prompt` of the first prompt, then of the second, …
 
     Args:
         backbone: from `hires.load` or `Backbone.from_pipeline`.
         prompt: one or several; they are made together, yet each as if alone.
         variant: a name of `hires.variants.VARIANTS`, or a Variant of your own.
         height, width: the target in pixels; `hires.sizes` says which are allowed.
-        seed: one for all prompts, or one each.
+        seed: one for all prompts, or one each. The i-th image of a prompt has the seed + i.
         image: your own, in the place of the base image; its aspect ratio must be the target's.
         strength: in (0, 1]; how much of your image the first stage redraws. Default: τ/1000.
+        crop: cut your own and control images around their centre to the target's aspect ratio.
+        control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode,
+        ip_adapter_image, ip_adapter_image_embeds: see `hires.extras.Extras`; they act at every stage.
         callback: (stage name, steps done, steps of the stage, noisy latents), after every step.
-        overrides: fields of `hires.settings.Sampling`, for example tau=300.
+        preview: (stage name, small images), after every stage but the last; see `hires.cascade.preview`.
+        overrides: fields of `hires.settings.Sampling`, for example tau=300 or negative_prompt="blurry".
 
     Raises:
         HiresError: bad input, in one line.
@@ -51,10 +67,41 @@ def generate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if not prompts:
         raise HiresError("no prompt: give at least one")
+    if num_images_per_prompt < 1:
+        raise HiresError(f"num_images_per_prompt = {num_images_per_prompt}: allowed: 1 or more")
+    copies = range(num_images_per_prompt)
     chosen = find_variant(variant) if isinstance(variant, str) else variant
-    stages = run(backbone, prompts, seeds, chosen, height, width, Sampling.of(**overrides), image, strength, callback)
-    *_, last = stages
-    return decode(backbone, last, Sampling.of(**overrides).vae_tiling)
+    sampling = Sampling.of(**overrides)
+    extras = Extras(
+        control_image=control_image,
+        controlnet_conditioning_scale=controlnet_conditioning_scale,
+        control_guidance_start=control_guidance_start,
+        control_guidance_end=control_guidance_end,
+        control_mode=control_mode,
+        ip_adapter_image=ip_adapter_image,
+        ip_adapter_image_embeds=ip_adapter_image_embeds,
+    )
+    stages = run(
+        backbone,
+        [text for text in prompts for _ in copies],
+        [first + index for first in seeds for index in copies],
+        chosen,
+        height,
+        width,
+        sampling,
+        image,
+        strength,
+        callback,
+        extras,
+        crop,
+    )
+    try:
+        for stage in stages:
+            if preview is not None and (stage.height, stage.width) != (height, width):
+                preview(stage.name, small(backbone, stage))
+        return decode(backbone, stage, sampling.vae_tiling)
+    finally:
+        backbone.free()
 
 
 def run(
@@ -68,20 +115,17 @@ def run(
     image: Image.Image | None = None,
     strength: float | None = None,
     callback: Callback | None = None,
+    extras: Extras = NO_EXTRAS,
+    crop: bool = False,
 ) -> Iterator[Stage]:
     """The stages of `hires.cascade.cascade`, from a PIL image where one is given."""
     pixels = None
     if image is not None:
         base = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple)[0]
-        if abs(image.height * width - image.width * height) > 0.01 * image.width * height:
-            raise HiresError(
-                f"the image is {image.height}x{image.width} (height x width) and the target {height}x{width}: "
-                "their aspect ratios must agree within 1%: crop the image or choose another size"
-            )
-        pixels = to_pixels(image, base).expand(len(prompts), -1, -1, -1)
+        pixels = to_pixels(fitted("image", image, height, width, crop), base).expand(len(prompts), -1, -1, -1)
     return cascade(
         backbone, prompts, seeds, variant, height, width, sampling,
-        callback=callback, image=pixels, strength=strength,
+        callback=callback, image=pixels, strength=strength, extras=extras.fitted(height, width, crop),
     )  # fmt: skip
 
 

@@ -34,7 +34,12 @@ class Sampling(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, description="CFG weight (SDXL, FLUX.2 base) or distilled guidance (FLUX.1)"
     )
-    negative_prompt: str = Field("", description="unconditional prompt of SDXL and FLUX.2 base")
+    negative_prompt: str = Field(
+        "", description="unconditional prompt of SDXL and FLUX.2 base, and of FLUX.1 under true_cfg_scale"
+    )
+    true_cfg_scale: float | None = Field(
+        None, ge=0, description="FLUX.1: CFG weight on top of distilled guidance; above 1: two model calls a step"
+    )
     prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
     max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 or language model")
     tau: float | None = Field(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from hires.attention import npa, scale_dit
@@ -40,7 +41,8 @@ def use_attention(
     another context the new kind replaces the outer one for a while.
 
     Args:
-        model: FluxTransformer2DModel, Flux2Transformer2DModel or UNet2DConditionModel.
+        model: FluxTransformer2DModel, Flux2Transformer2DModel, UNet2DConditionModel or a ControlNet of the first or the
+            last; compiled or not.
         kind: "dense" (the model's own attention), "npa" (Neighborhood Patch Attention, arXiv 2510.25818; a layer whose
             window covers its grid keeps its own attention) or "scale_dit" (Scale-DiT, arXiv 2510.16325; FLUX.1 only).
         size: (height, width) of the latents that the model will see, in latent pixels.
@@ -62,6 +64,7 @@ def use_attention(
     for name in options:
         if name not in allowed:
             raise unknown(f"option of {kind!r} attention", name, allowed)
+    model = unwrap_module(model)
     handle = AttentionHandle(attention_layers(model, size, base_size))
     modules: dict[str, Any] = {layer.name: model.get_submodule(layer.name) for layer in handle.layers}
     former = {name: module.processor for name, module in modules.items()}

@@ -1,9 +1,17 @@
 """What the processors of FLUX's joint attention share: projections, QK-norm and RoPE of both streams."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import hires_kernels
-from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxIPAdapterAttnProcessor,
+    _get_qkv_projections,
+)
 from torch import Tensor
 
 from hires.attention.layers import Layer
@@ -51,7 +59,7 @@ def joint_of(
 ) -> Joint:
     """What `joint_projections` makes of (batch, tokens, channels) projections; `added` are those of a text apart."""
     query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections)
-    norms = attn.norm_q.weight, attn.norm_k.weight
+    norms = attn.norm_q, attn.norm_k
     if added is None:
         text_tokens = query.shape[1] - tokens
         text = query[:, :text_tokens], key[:, :text_tokens], value[:, :text_tokens]
@@ -61,20 +69,39 @@ def joint_of(
         text_tokens = added[0].shape[1]
         text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in added)
         text = text_query, text_key, text_value
-        text_norms = attn.norm_added_q.weight, attn.norm_added_k.weight
+        text_norms = attn.norm_added_q, attn.norm_added_k
     rope = image_rotary_emb[0][text_tokens:], image_rotary_emb[1][text_tokens:]
+    if hasattr(attn.norm_q, "_hf_hook") or hasattr(attn.norm_q, "_diffusers_hook"):
+        # Offloaded by itself: its weight is on the device only while it runs.
+        turned = [apply_rotary_emb(norm(x), rope, sequence_dim=1) for norm, x in zip(norms, (query, key))]
+        texts = [norm(x) for norm, x in zip(text_norms, text)]
+        return Joint(turned[0], turned[1], value, (texts[0], texts[1], text[2]), rope, query)
     turned_query, turned_key, normed_query, normed_key = hires_kernels.qk_norm_rope(
         query,
         key,
-        norms,
+        (norms[0].weight, norms[1].weight),
         rope,
         text=text[:2],
-        text_weight=text_norms,
+        text_weight=(text_norms[0].weight, text_norms[1].weight),
         eps=attn.norm_q.eps,
         backend="reference" if backend == "reference" else "auto",
     )
     assert normed_query is not None and normed_key is not None  # as text was given
     return Joint(turned_query, turned_key, value, (normed_query, normed_key, text[2]), rope, query)
+
+
+def image_prompt_term(
+    adapter: FluxIPAdapterAttnProcessor, attn: FluxAttention, projected: Tensor, prompts: Sequence[Tensor]
+) -> Tensor:
+    """What an IP-Adapter adds to a double block: image queries, not rotated, on every token of the image prompts."""
+    query = attn.norm_q(projected)
+    term = torch.zeros_like(query.flatten(2))
+    for prompt, scale, to_k, to_v in zip(prompts, adapter.scale, adapter.to_k_ip, adapter.to_v_ip):
+        # A prompt is (batch, tokens, width), or (batch, images, tokens, width).
+        key, value = (x.flatten(1, -2).unflatten(-1, (-1, attn.head_dim)) for x in (to_k(prompt), to_v(prompt)))
+        seen = dispatch_attention_fn(query, key, value, backend=adapter._attention_backend)
+        term = term + scale * seen.flatten(2)
+    return term
 
 
 def check_call(kind: str, layer: Layer, tokens: int, attention_mask: Tensor | None) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import ControlNetModel, FluxControlNetModel, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from hires.errors import HiresError
@@ -64,6 +65,7 @@ def attention_layers(model: nn.Module, size: Grid, base_size: Grid) -> list[Laye
 
     Raises HiresError for another model, a side below 1, or an odd side on FLUX.
     """
+    model = unwrap_module(model)
     for side in (*size, *base_size):
         if side < 1:
             raise HiresError(f"size {size} and base_size {base_size}: sides are latent pixels, at least 1")
@@ -92,7 +94,9 @@ def unet_layers(model: Any, size: Grid, base_size: Grid) -> list[Layer]:
 # A model class and what finds its layers; other modules of this package add theirs.
 LAYERS: dict[type[nn.Module], Callable[[Any, Grid, Grid], list[Layer]]] = {
     FluxTransformer2DModel: flux_layers,
+    FluxControlNetModel: flux_layers,
     UNet2DConditionModel: unet_layers,
+    ControlNetModel: unet_layers,
 }
 
 
@@ -104,7 +108,7 @@ def _unet_names(model: Any) -> Iterator[tuple[str, int]]:
         level += bool(block.downsamplers)
     if model.mid_block is not None:
         yield from _self_attention("mid_block", model.mid_block, level)
-    for index, block in enumerate(model.up_blocks):
+    for index, block in enumerate(getattr(model, "up_blocks", ())):  # a ControlNet has none
         yield from _self_attention(f"up_blocks.{index}", block, level)
         level -= bool(block.upsamplers)
 

@@ -6,7 +6,6 @@ from typing import Any
 import hires_kernels
 import torch
 from diffusers.models import attention_processor
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
@@ -14,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from hires.attention.flux import Joint, check_call, joint_projections
+from hires.attention.flux import Joint, check_call, image_prompt_term, joint_projections
 from hires.attention.layers import AttentionHandle, Layer, scaled
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -227,13 +226,7 @@ class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
         ip_adapter_masks: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        adapter, query = self.wrapped, attn.norm_q(query)
-        term = torch.zeros_like(output[0])
-        for prompt, scale, to_k, to_v in zip(ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip):
-            key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (to_k(prompt), to_v(prompt)))
-            seen = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
-            term = term + scale * seen.flatten(2)
-        return *output, term
+        return *output, image_prompt_term(self.wrapped, attn, query, ip_hidden_states)
 
 
 # A stock processor and what stands in for it; other modules of this package add theirs.

@@ -5,16 +5,17 @@ of the stock transformer over it (`low_resolution_pass`, where the adapter is on
 high-resolution steps append to their own keys (where it is off).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import hires_kernels
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from hires_kernels.orders import ORDERS
 from torch import Tensor, nn
 
-from hires.attention.flux import check_call, joint_projections
+from hires.attention.flux import check_call, image_prompt_term, joint_projections
 from hires.attention.layers import AttentionHandle, Grid, Layer
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -44,8 +45,10 @@ def processors(
 ) -> dict[str, Any]:
     """One processor per layer. `collect` gets the keys and values of each layer as it runs."""
     for name, former in stock_processors.items():
-        if type(former) is not FluxAttnProcessor:
-            raise HiresError(f"{name} has a {type(former).__name__}: scale_dit stands in for FluxAttnProcessor only")
+        if type(former) not in (FluxAttnProcessor, FluxIPAdapterAttnProcessor):
+            raise HiresError(
+                f"{name} has a {type(former).__name__}: scale_dit stands in for FLUX's stock and IP-Adapter processors"
+            )
     if neighbours not in NEIGHBOURS:
         raise unknown("guidance_neighbours", neighbours, NEIGHBOURS)
     if order not in ORDERS:
@@ -66,7 +69,9 @@ def processors(
         if guidance is not None:
             options |= {"guidance": guidance.layers[index], "guidance_grid": guidance.grid}
         former = stock_processors[layer.name]
-        chosen[layer.name] = FluxScaleDitProcessor(former, layer, {**options, "backend": backend}, collect)
+        adapted = isinstance(former, FluxIPAdapterAttnProcessor)
+        kind = FluxIPAdapterScaleDitProcessor if adapted else FluxScaleDitProcessor
+        chosen[layer.name] = kind(former, layer, {**options, "backend": backend}, collect)
     return chosen
 
 
@@ -90,6 +95,10 @@ class FluxScaleDitProcessor(WindowedProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Tensor | tuple[Tensor, ...]:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)[0]
+
+    def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
+        """What the processor returns, and the image query as projected."""
         joint = joint_projections(
             attn, hidden_states, encoder_hidden_states, image_rotary_emb, self.tokens, self.options["backend"]
         )
@@ -107,8 +116,33 @@ class FluxScaleDitProcessor(WindowedProcessor):
         if text_rows is None:
             text_rows = image[:, :0]
         if encoder_hidden_states is None:
-            return torch.cat([text_rows, image], dim=1).flatten(2)
-        return attn.to_out[1](attn.to_out[0](image.flatten(2))), attn.to_add_out(text_rows.flatten(2))
+            return torch.cat([text_rows, image], dim=1).flatten(2), joint.projected
+        output = attn.to_out[1](attn.to_out[0](image.flatten(2))), attn.to_add_out(text_rows.flatten(2))
+        return output, joint.projected
+
+
+class FluxIPAdapterScaleDitProcessor(nn.Module, FluxScaleDitProcessor):
+    """A double block with an IP-Adapter (see `hires.attention.npa.FluxIPAdapterNpaProcessor`).
+
+    The low-resolution pass is called without an image prompt.
+    """
+
+    def __init__(self, wrapped: Any, layer: Layer, options: dict[str, Any], collect: Guidance | None) -> None:
+        nn.Module.__init__(self)
+        FluxScaleDitProcessor.__init__(self, wrapped, layer, options, collect)
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        ip_hidden_states: Sequence[Tensor] = (),
+        ip_adapter_masks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return *output, image_prompt_term(self.wrapped, attn, query, ip_hidden_states)
 
 
 def low_resolution_radius(radius: int | None, window: int | None, grid: Grid, low_grid: Grid) -> int:

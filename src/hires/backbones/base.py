@@ -1,6 +1,7 @@
 """What the cascade needs to know about a model family, on the user's own diffusers pipeline."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from hires.adapters import switch_adapter
 from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
+from hires.extras import NO_EXTRAS, Control, Extras, controlnets
 from hires.settings import Sampling
 from hires.untrusted import read_hints
 
@@ -40,8 +42,11 @@ class Backbone(ABC):
     family: ClassVar[str]
     pipeline_class: ClassVar[type]
     families: ClassVar[dict[str, type["Backbone"]]] = {}
+    siblings: ClassVar[tuple[type, ...]] = ()  # pipelines with the same components, under the same names
     without: tuple[str, ...] = ()  # settings that mean nothing to the family
     cuda_dtype: ClassVar[torch.dtype] = torch.bfloat16  # what its weights are loaded in on a GPU
+    controlnet_class: ClassVar[Any] = None
+    controlnet_facts: ClassVar[tuple[str, ...]] = ()  # what its configuration shares with the model's
 
     def __init_subclass__(cls) -> None:
         Backbone.families[cls.family] = cls
@@ -55,6 +60,8 @@ class Backbone(ABC):
         self.size_multiple = int(hints.get("size_multiple", 64))
         self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
         self.adapters: dict[str, Path] = {}
+        for net in self.controlnets:
+            self._check_controlnet(net)
 
     @classmethod
     def from_pipeline(
@@ -63,7 +70,8 @@ class Backbone(ABC):
         """The backbone of a loaded pipeline, which it keeps and never copies.
 
         Args:
-            pipe: a pipeline of a known family, or of a subclass; HiresError names those that are known.
+            pipe: a pipeline of a known family, or its ControlNet or image-to-image sibling, or of a subclass;
+                HiresError names those that are known.
             name: what records call the model; default: where the pipeline was loaded from.
             hints: {"base_resolution", "size_multiple", "sampling"}; default: `hires.json` in the pipeline's folder.
         """
@@ -71,9 +79,11 @@ class Backbone(ABC):
         if hints is None:
             hints = read_hints(Path(source))
         for family in Backbone.families.values():
-            if isinstance(pipe, family.pipeline_class):
+            if isinstance(pipe, (family.pipeline_class, *family.siblings)):
                 return family(pipe, name or source, hints, revision)  # type: ignore[return-value]
-        known = ", ".join(family.pipeline_class.__name__ for family in Backbone.families.values())
+        known = ", ".join(
+            kind.__name__ for family in Backbone.families.values() for kind in (family.pipeline_class, *family.siblings)
+        )
         raise HiresError(f"pipeline class {type(pipe).__name__} is not supported: allowed: {known}")
 
     # --- what a family says -------------------------------------------------------------------------------------
@@ -111,6 +121,7 @@ class Backbone(ABC):
         conditioning: Conditioning,
         sampling: Sampling,
         told_size: tuple[int, int],
+        control: Control | None = None,
     ) -> Tensor:
         """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
 
@@ -128,6 +139,16 @@ class Backbone(ABC):
         generators = [Generator().manual_seed(seed) for seed in seeds]
         return {name: draw(generators, shape, self.device).to(self.dtype) for name, shape in shapes.items()}
 
+    def control_maps(
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+    ) -> list[Tensor]:
+        """What the ControlNets read of control images, at a size in pixels: one (n, C, h, w) each (see `Control`)."""
+        raise HiresError(f"ControlNets of {self.family} models are not known here: leave the control image out")
+
+    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+        """Embeddings of the IP-Adapters' images for n prompts, to go beside those of the text."""
+        raise HiresError(f"IP-Adapters of {self.family} models are not known here: unload it")
+
     # --- shared -------------------------------------------------------------------------------------------------
 
     @property
@@ -143,6 +164,47 @@ class Backbone(ABC):
     def scale(self) -> int:
         """Pixels a latent pixel, per side."""
         return self.pipe.vae_scale_factor
+
+    @property
+    def controlnets(self) -> list[Any]:
+        """The pipeline's ControlNets."""
+        return controlnets(getattr(self.pipe, "controlnet", None))
+
+    @property
+    def ip_adapters(self) -> int:
+        """How many IP-Adapters are loaded."""
+        return getattr(getattr(self.model, "encoder_hid_proj", None), "num_ip_adapters", 0)
+
+    def _check_controlnet(self, net: Any) -> None:
+        """Raise HiresError unless a ControlNet belongs to this model."""
+        wanted = self.controlnet_class
+        if wanted is None or type(net) is not wanted:
+            allowed = "none" if wanted is None else wanted.__name__
+            raise HiresError(f"a {type(net).__name__} on a {self.family} model: allowed: {allowed}")
+        for fact in self.controlnet_facts:
+            theirs, ours = net.config.get(fact), self.model.config.get(fact)
+            if json.dumps(theirs) != json.dumps(ours):
+                raise HiresError(
+                    f"the ControlNet is of another architecture: its {fact} is {theirs}, this model's {ours}"
+                )
+
+    def check_extras(self, extras: Extras) -> None:
+        """Raise HiresError unless the pipeline has a ControlNet and an IP-Adapter for these images, and just those."""
+        extras.check(getattr(self.pipe, "controlnet", None), self.ip_adapters)
+
+    def conditioning(self, prompts: list[str], sampling: Sampling, extras: Extras = NO_EXTRAS) -> Conditioning:
+        """Text and image prompts together."""
+        text = self.encode_prompt(prompts, sampling)
+        return text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
+
+    def control(
+        self, extras: Extras, size: tuple[int, int], generators: Sequence[Generator], sampling: Sampling
+    ) -> Control | None:
+        """What the ControlNets see at a stage of `size` (height, width) in pixels, for an image per generator."""
+        if not extras.control_images:
+            return None
+        maps = self.control_maps(extras.control_images, size, len(generators), generators, sampling)
+        return Control(maps, extras)
 
     def require_adapter(self, name: str) -> None:
         """Have the LoRA `name` loaded: by the user, or now, switched off, from where `adapters` says, else from
@@ -168,6 +230,10 @@ class Backbone(ABC):
     def noise(self, generators: Sequence[Generator], size: tuple[int, int]) -> Tensor:
         """Standard normal latents (B, C, H, W), each image's from its own generator, drawn as its pipeline draws."""
         return draw(generators, (self.latent_channels, *size), self.device)
+
+    def free(self) -> None:
+        """What a pipeline does after a call: take offloaded parts off the device, and forget what hooks cached."""
+        self.pipe.maybe_free_model_hooks()
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in latent pixels of a size in pixels."""

@@ -1,17 +1,25 @@
 """FLUX.1: flow matching, guidance embedding, latents packed 2×2 into tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
-from torch import Tensor
+from diffusers import (
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
+from torch import Generator, Tensor
 
 from hires.attention import Guidance, low_resolution_pass
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
+from hires.extras import Control, Extras
 from hires.settings import Sampling
 
 
@@ -55,7 +63,13 @@ class Flux(Backbone):
 
     family = "flux"
     pipeline_class = FluxPipeline
-    without = ("negative_prompt", "time_ids")
+    siblings = (FluxControlNetPipeline, FluxImg2ImgPipeline, FluxControlNetImg2ImgPipeline)
+    without = ("time_ids",)
+    controlnet_class = FluxControlNetModel
+    controlnet_facts = (
+        "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
+        "axes_dims_rope",
+    )  # fmt: skip
 
     @property
     def model(self):
@@ -75,22 +89,65 @@ class Flux(Backbone):
         steps = dev if self.model.config.guidance_embeds else schnell
         return Sampling.of(**steps, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma", local_radius=8)
 
+    def check_settings(self, sampling: Sampling) -> None:
+        super().check_settings(sampling)
+        if sampling.negative_prompt and not self._true_guidance(sampling.over(self.defaults)):
+            raise HiresError(
+                f"negative_prompt = {sampling.negative_prompt!r} means nothing to distilled guidance: leave it out, or "
+                "set true_cfg_scale above 1, at twice the time"
+            )
+
+    def _true_guidance(self, sampling: Sampling) -> bool:
+        return (sampling.true_cfg_scale or 0) > 1
+
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
-        config = self.model.config
+        names = ("prompt_embeds", "pooled")
+        negative_names = tuple(f"negative_{name}" for name in names) if self._true_guidance(sampling) else ()
         if self._without_text:
+            config = self.model.config
             length = sampling.max_sequence_length or 512
-            shapes = {
-                "prompt_embeds": (length, config.joint_attention_dim),
-                "pooled": (config.pooled_projection_dim,),
-            }
-            return self._random_text(prompts, shapes)
-        prompt_embeds, pooled, _ = self.pipe.encode_prompt(
-            [prompt + sampling.prompt_suffix for prompt in prompts],
-            device=self.device,
-            max_sequence_length=sampling.max_sequence_length,
-        )
-        return {"prompt_embeds": prompt_embeds, "pooled": pooled}
+            shapes = ((length, config.joint_attention_dim), (config.pooled_projection_dim,))
+            return self._random_text(prompts, dict(zip(names + negative_names, 2 * shapes, strict=False)))
+
+        def embeddings(texts: list[str]) -> tuple[Tensor, Tensor]:
+            length = sampling.max_sequence_length
+            return self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=length)[:2]
+
+        conditioning = dict(zip(names, embeddings([prompt + sampling.prompt_suffix for prompt in prompts])))
+        if negative_names:
+            conditioning |= zip(negative_names, embeddings([sampling.negative_prompt] * len(prompts)))
+        return conditioning
+
+    @torch.no_grad()
+    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+        """Under true guidance the unconditional side sees a black image, as in the pipeline."""
+
+        def embeddings(prefix: str, images: list[Any] | None, embeds: Sequence[Tensor] | None) -> Conditioning:
+            found = self.pipe.prepare_ip_adapter_image_embeds(images, embeds and list(embeds), self.device, n)
+            return {f"{prefix}image_prompt_{index}": value for index, value in enumerate(found)}
+
+        conditioning = embeddings("", extras.ip_adapter_images, extras.ip_adapter_image_embeds)
+        if self._true_guidance(sampling):
+            if self.pipe.image_encoder is None:
+                raise HiresError("true_cfg_scale beside an IP-Adapter needs its image encoder: load it with one")
+            black = np.zeros((self.base_resolution, self.base_resolution, 3), dtype=np.uint8)
+            conditioning |= embeddings("negative_", [black] * self.ip_adapters, None)
+        return conditioning
+
+    @torch.no_grad()
+    def control_maps(
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+    ) -> list[Tensor]:
+        """Latents, but pixels for a ControlNet that has an input block of its own (XLabs)."""
+        maps = []
+        for image in images:
+            pixels = self.pipe.image_processor.preprocess(image, height=size[0], width=size[1]).expand(n, -1, -1, -1)
+            if self.controlnets[0].input_hint_block is None:
+                maps.append(self.encode(pixels, generators, sampling.posterior, sampling.vae_tiling))
+            else:
+                maps.append(pixels.to(self.device))
+        return maps
 
     def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count at every resolution (methods: at 4096² it would otherwise reach 11.5)."""
@@ -122,22 +179,60 @@ class Flux(Backbone):
         conditioning: Conditioning,
         sampling: Sampling,
         told_size: tuple[int, int],
+        control: Control | None = None,
     ) -> Tensor:
         """Velocity. Positions are those of the tensor's own grid, so a MultiDiffusion view has them as in training."""
         batch, _, *size = latents.shape
-        prompt_embeds = conditioning["prompt_embeds"]
-        guidance = None
-        if self.model.config.guidance_embeds:
-            guidance = torch.full((batch,), sampling.guidance_scale or 0.0, device=latents.device)
-        with self.model.cache_context("cond"):
-            output = self.model(
-                hidden_states=pack(latents).to(self.dtype),
+        tokens = pack(latents).to(self.dtype)
+        guidance = torch.full((batch,), sampling.guidance_scale or 0.0, device=latents.device)
+
+        def call(model: Any, config: Any, prefix: str = "", **more: Any) -> Any:
+            """The transformer, or the ControlNets."""
+            prompt_embeds = conditioning[f"{prefix}prompt_embeds"]
+            return model(
+                hidden_states=tokens,
                 timestep=(schedule.timesteps[step] / 1000).expand(batch),
-                guidance=guidance,
-                pooled_projections=conditioning["pooled"],
+                guidance=guidance if config.guidance_embeds else None,
+                pooled_projections=conditioning[f"{prefix}pooled"],
                 encoder_hidden_states=prompt_embeds,
                 txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
                 img_ids=image_ids((size[0], size[1]), latents.device),
                 return_dict=False,
-            )[0]
-        return unpack(output.float(), (size[0], size[1]))
+                **more,
+            )
+
+        residuals: dict[str, Any] = {}
+        if control and any(scales := control.scales(step, schedule.num_inference_steps)):
+            net = self.controlnets[0]
+            blocks, single_blocks = call(self.pipe.controlnet, net.config, **self._control(control, scales, batch))
+            residuals = {
+                "controlnet_block_samples": blocks,
+                "controlnet_single_block_samples": single_blocks,
+                "controlnet_blocks_repeat": net.input_hint_block is not None,
+            }
+
+        def velocity(prefix: str) -> Tensor:
+            names = [f"{prefix}image_prompt_{index}" for index in range(self.ip_adapters)]
+            images = {"ip_adapter_image_embeds": [conditioning[name] for name in names]} if names else None
+            output = call(self.model, self.model.config, prefix, joint_attention_kwargs=images, **residuals)
+            return unpack(output[0].float(), (size[0], size[1]))
+
+        with self.model.cache_context("cond"):
+            output = velocity("")
+        weight = sampling.true_cfg_scale
+        if weight is None or not self._true_guidance(sampling):
+            return output
+        with self.model.cache_context("uncond"):
+            negative = velocity("negative_")
+        return negative + weight * (output - negative)
+
+    def _control(self, control: Control, scales: list[float], batch: int) -> dict[str, Any]:
+        """The arguments of the ControlNet alone, or lists of them for diffusers' wrapper of several."""
+        modes = control.extras.each("control_mode")
+        hint = self.controlnets[0].input_hint_block is not None
+        maps = [(chart if hint else pack(chart)).to(self.dtype) for chart in control.maps]
+        if self.pipe.controlnet is self.controlnets[0]:
+            mode = None if modes[0] is None else torch.full((batch, 1), modes[0], device=self.device)
+            return {"controlnet_cond": maps[0], "controlnet_mode": mode, "conditioning_scale": scales[0]}
+        rows = [torch.full((batch,), -1 if mode is None else mode, device=self.device) for mode in modes]
+        return {"controlnet_cond": maps, "controlnet_mode": rows, "conditioning_scale": scales}

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from hires.backbones.base import Backbone, Conditioning, draw
 from hires.backbones.flux import flow_schedule, image_ids, pack, unpack
 from hires.backbones.schedule import Schedule
+from hires.extras import Control
 from hires.settings import SCALE_DIT, Sampling
 
 
@@ -24,7 +25,7 @@ class Flux2Klein(Backbone):
 
     family = "flux2"
     pipeline_class = Flux2KleinPipeline
-    without: tuple[str, ...] = ("time_ids", *SCALE_DIT)
+    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", *SCALE_DIT)
 
     def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
         super().__init__(pipe, name, hints, revision)
@@ -88,6 +89,7 @@ class Flux2Klein(Backbone):
         conditioning: Conditioning,
         sampling: Sampling,
         told_size: tuple[int, int],
+        control: Control | None = None,
     ) -> Tensor:
         """Velocity, combined by classifier-free guidance where the model has it."""
         batch, _, *sides = latents.shape

@@ -1,12 +1,22 @@
 """Stable Diffusion XL: U-Net, classifier-free guidance, size conditioning, any one-call-a-step scheduler."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Generator, Tensor
 
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
+from hires.extras import Control, Extras
 from hires.settings import SCALE_DIT, Sampling
 
 
@@ -16,7 +26,17 @@ class SDXL(Backbone):
     family = "sdxl"
     pipeline_class = StableDiffusionXLPipeline
     cuda_dtype = torch.float16
-    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift")
+    siblings = (
+        StableDiffusionXLControlNetPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLControlNetImg2ImgPipeline,
+    )
+    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale")
+    controlnet_class = ControlNetModel
+    controlnet_facts = (
+        "in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    )  # fmt: skip
 
     @property
     def model(self):
@@ -43,10 +63,14 @@ class SDXL(Backbone):
     def _guided(self, sampling: Sampling) -> bool:
         return (sampling.guidance_scale or 0) > 1
 
+    def _ever_guided(self, sampling: Sampling) -> bool:
+        """At the base or above."""
+        return max(sampling.guidance_scale or 0, sampling.stage_guidance_scale or 0) > 1
+
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
         """No negative prompt means what the pipeline makes of None: zeros, for SDXL-base."""
-        guided = self._guided(sampling)
+        guided = self._ever_guided(sampling)
         if self._without_text:
             config = self.model.config
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -64,6 +88,35 @@ class SDXL(Backbone):
             conditioning |= {"negative_prompt_embeds": negative, "negative_pooled": negative_pooled}
         return conditioning
 
+    @torch.no_grad()
+    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+        guided = self._ever_guided(sampling)
+        images, embeds = extras.ip_adapter_images, extras.ip_adapter_image_embeds
+        for given in embeds or ():
+            if guided and len(given) != 2:
+                raise HiresError(
+                    f"ip_adapter_image_embeds of shape {tuple(given.shape)}: classifier-free guidance needs two rows, "
+                    "unconditional and conditional"
+                )
+        found = self.pipe.prepare_ip_adapter_image_embeds(images, embeds, self.device, n, guided)
+        conditioning = {f"image_prompt_{index}": value[-n:] for index, value in enumerate(found)}
+        if guided:
+            conditioning |= {f"negative_image_prompt_{index}": value[:n] for index, value in enumerate(found)}
+        return conditioning
+
+    def control_maps(
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+    ) -> list[Tensor]:
+        preprocess = self.pipe.control_image_processor.preprocess
+        return [
+            preprocess(image, height=size[0], width=size[1]).expand(n, -1, -1, -1).to(self.device) for image in images
+        ]
+
+    def _check_controlnet(self, net: Any) -> None:
+        super()._check_controlnet(net)
+        if net.config.global_pool_conditions:
+            raise HiresError("the ControlNet pools its residuals (global_pool_conditions), which is not known here")
+
     def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
         prediction = self.pipe.scheduler.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
@@ -78,22 +131,45 @@ class SDXL(Backbone):
         conditioning: Conditioning,
         sampling: Sampling,
         told_size: tuple[int, int],
+        control: Control | None = None,
     ) -> Tensor:
         """CFG-combined prediction. Rows of the model's batch: all unconditional ones, then all conditional ones."""
-        text, pooled = conditioning["prompt_embeds"], conditioning["pooled"]
         guided = self._guided(sampling)
+
+        def rows(name: str) -> Tensor:
+            return torch.cat([conditioning[f"negative_{name}"], conditioning[name]]) if guided else conditioning[name]
+
         if guided:
             latents = torch.cat([latents, latents])
-            text = torch.cat([conditioning["negative_prompt_embeds"], text])
-            pooled = torch.cat([conditioning["negative_pooled"], pooled])
+        text = rows("prompt_embeds")
         time_ids = torch.tensor([[*told_size, 0, 0, *told_size]], dtype=text.dtype)
         time_ids = time_ids.to(latents.device, non_blocking=True)  # the host goes on
+        told: dict[str, Any] = {"text_embeds": rows("pooled"), "time_ids": time_ids.expand(len(latents), -1)}
+        inputs = schedule.scale_model_input(latents, step).to(self.dtype)
+        residuals: dict[str, Any] = {}
+        if control and any(scales := control.scales(step, schedule.num_inference_steps)):
+            maps = [torch.cat([chart, chart]) if guided else chart for chart in control.maps]
+            maps = [chart.to(self.controlnets[0].dtype) for chart in maps]
+            alone = self.pipe.controlnet is self.controlnets[0]
+            down, mid = self.pipe.controlnet(
+                inputs,
+                schedule.timesteps[step],
+                encoder_hidden_states=text,
+                controlnet_cond=maps[0] if alone else maps,
+                conditioning_scale=scales[0] if alone else scales,
+                added_cond_kwargs=told,
+                return_dict=False,
+            )
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        if self.ip_adapters:
+            told["image_embeds"] = [rows(f"image_prompt_{index}") for index in range(self.ip_adapters)]
         output = self.model(
-            schedule.scale_model_input(latents, step).to(self.dtype),
+            inputs,
             schedule.timesteps[step],
             encoder_hidden_states=text,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.expand(len(latents), -1)},
+            added_cond_kwargs=told,
             return_dict=False,
+            **residuals,
         )[0].float()
         if not guided:
             return output

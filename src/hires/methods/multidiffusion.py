@@ -25,7 +25,7 @@ def views(size: tuple[int, int], view: tuple[int, int], overlap: float = 0.5) ->
 
 
 def multidiffusion(
-    predict: Callable[[Tensor, Tensor], Tensor],
+    predict: Callable[[Tensor, Tensor, list[tuple[int, int, int]]], Tensor],
     latents: Tensor,
     view: tuple[int, int],
     overlap: float = 0.5,
@@ -34,8 +34,9 @@ def multidiffusion(
     """Model output on a large canvas: the mean over all views that hold a pixel.
 
     Args:
-        predict: (crops (n, C, *view), images (n,)) -> model output of the crops; `images` are batch indices, which
-            say whose prompt belongs to each crop. A crop is a whole image to the model: positions are local.
+        predict: (crops (n, C, *view), images (n,), places) -> model output of the crops; `images` are batch indices,
+            which say whose prompt belongs to each crop, `places` (row, column, image) of its top left latent pixel. A
+            crop is a whole image to the model: positions are local.
         latents: noisy latents (B, C, H, W).
         view: (height, width) of a view in latent pixels, the size that the model was trained at.
         view_batch: crops in one model call.
@@ -51,6 +52,6 @@ def multidiffusion(
         chunk = jobs[at : at + view_batch]
         crops = torch.stack([latents[image, :, i : i + height, j : j + width] for i, j, image in chunk])
         images = torch.tensor([image for _, _, image in chunk]).to(latents.device, non_blocking=True)
-        for (i, j, image), output in zip(chunk, predict(crops, images), strict=True):
+        for (i, j, image), output in zip(chunk, predict(crops, images, chunk), strict=True):
             total[image, :, i : i + height, j : j + width] += output
     return total / count
