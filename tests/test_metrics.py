@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from torch import nn
+from torchmetrics.functional.multimodal import clip_iqa
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -155,7 +156,10 @@ def test_inception_score_is_that_of_torchmetrics(network, splits):
     assert splits == 1 or found[1] == pytest.approx(spread, rel=1e-6)
 
 
-def test_clip_score_is_that_of_torchmetrics(clip, network):
+@pytest.fixture
+def pair(clip):
+    """The tiny encoders as torchmetrics calls a model and its processor."""
+
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -173,13 +177,35 @@ def test_clip_score_is_that_of_torchmetrics(clip, network):
             return clip.tokenizer(text, return_tensors="pt", padding=True)
         return {"pixel_values": torch.stack(images).float() / 127.5 - 1}
 
+    return Pair(), processor
+
+
+def test_clip_score_is_that_of_torchmetrics(clip, network, pair):
     images, prompts = random_images(6, 0), ["a red disc on sand", "two blue stars"] * 3
-    metric = CLIPScore(lambda: (Pair(), processor))
+    metric = CLIPScore(lambda: pair)
     metric.update(list(images), prompts)
     features = features_of([Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images], prompts, network, clip)
     table = per_image(features, ["clip"])
     expected = metric.score / metric.n_samples  # compute() cuts at 0, where an untrained pair may well be
     assert table["value"].mean() == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_clip_iqa_is_that_of_torchmetrics(clip, network, pair):
+    model, processor = pair
+    images, name = random_images(6, 0), "openai/clip-vit-large-patch14"
+    anchors = clip_iqa._clip_iqa_get_anchor_vectors(name, model, processor, ["Good photo.", "Bad photo."], "cpu")
+    embedded = clip_iqa._clip_iqa_update(name, images, model, processor, 1.0, "cpu")
+    expected = clip_iqa._clip_iqa_compute(embedded, anchors, ["quality"])
+    pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images]
+    photographs = Clip(clip.model, clip.tokenizer, photographs=True)
+    features = features_of(pictures, ["a red disc"] * 6, network, photographs)
+    table = per_image(features, ["clip_iqa"])
+    assert table["value"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert expected.std() > 1e-3
+    (row,) = score(features, features, settings(scores=["clip_iqa"]), table)
+    assert "'Good photo.' against 'Bad photo.'" in row.protocol and 0 < row.value < 1
+    scenes_alone = features_of(pictures, ["a red disc"] * 6, network, clip)
+    assert per_image(scenes_alone, ["clip_iqa"]).empty  # scenes are no photographs to the tiny encoders
 
 
 def test_scores_leave_the_global_generator_alone(references, blurred):
@@ -303,7 +329,7 @@ def test_every_score_has_a_finite_tidy_row(references, blurred):
     borders = Borders((64, 128), (64, 128))
     table = per_image(blurred, asked.scores, manifest, references, borders)
     rows = frame(score(blurred, references, asked, table), study="main")
-    expected = {*asked.scores, "spectrum_low", "spectrum_mid", "spectrum_high"}
+    expected = {*asked.scores, "spectrum_low", "spectrum_mid", "spectrum_high"} - {"clip_iqa"}
     assert set(rows["metric"]) == expected
     assert len(rows) == len(expected)
     assert np.isfinite(rows[["value", "low", "high"]].to_numpy()).all()

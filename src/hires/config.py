@@ -34,7 +34,7 @@ Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 
 Score = Literal[
-    "fid", "kid", "is", "clip", "fid_patch", "kid_patch", "is_patch",
+    "fid", "kid", "is", "clip", "clip_iqa", "fid_patch", "kid_patch", "is_patch",
     "count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams", "seconds", "peak_bytes",
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ CONTRASTS = (
     ("scale-dit", "scalediff"),
     ("hybrid", "scalediff"),
 )
-QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "seconds")  # what papers print
+QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "clip_iqa", "seconds")  # what papers print
 CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams")
 FLAG = "†"
 _COSTS = ("seconds", "peak_bytes")
@@ -62,6 +62,7 @@ METRICS = {
     "is": Metric("IS", "higher"),
     "is_patch": Metric("IS_p", "higher"),
     "clip": Metric("CLIP score", "higher", "0–100"),
+    "clip_iqa": Metric("CLIP-IQA", "higher", "0–1"),
     "count": Metric("count right", "higher", "share"),
     "colours": Metric("colours right", "higher", "share"),
     "repetition": Metric("repeated objects", "lower", "per image"),
@@ -199,7 +200,9 @@ def published(paper: str, table: str) -> pd.DataFrame:
     """Numbers printed in a paper (config/published.csv), tidy, under our names of metrics and variants."""
     rows = where(pd.read_csv(repository_root() / "config" / "published.csv"), paper=paper, table=table)
     names = {"FID": "fid", "FIDp": "fid_patch", "KID": "kid", "KIDp": "kid_patch", "IS": "is", "ISp": "is_patch"}
-    names |= {"CLIP": "clip"}
+    names |= {"CLIP": "clip", "CLIP-IQA": "clip_iqa"}
+    of_one = (rows["metric"] == "CLIP") & (rows["unit"] == "0-1")
+    rows = rows.assign(value=rows["value"].where(~of_one, 100 * rows["value"]))
     methods = rows["method"].str.replace(" ", "").str.lower().replace("npa+lfm+sg", "scalediff")
     return rows.assign(
         metric=rows["metric"].replace(names), variant=methods.where(methods.isin(VARIANTS), rows["method"])

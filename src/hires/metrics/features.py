@@ -141,6 +141,8 @@ def extract(
     text, cut = (values.cpu() for values in clip.text(different))
     rows = torch.tensor([different.index(prompt) for prompt in prompts])
     tensors |= {"clip_text": text[rows], "cut": cut[rows]}
+    if clip.photographs:
+        tensors["clip_iqa"] = clip.quality(tensors["clip_image"]).cpu()
     if scenes is None:
         del tensors["objects"]
     else:

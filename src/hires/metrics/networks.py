@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 TINY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
+# Antonyms of CLIP-IQA's overall quality (Wang et al., AAAI 2023, section 3.1).
+QUALITY = ("Good photo.", "Bad photo.")
+
 # Classes of the tiny network's IS: what a view of a scene can be of.
 CLASSES = tuple(
     [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -49,6 +52,7 @@ class Clip:
         name: as it appears in protocols.
         normalisation: mean and standard deviation of the channels, for pixels in [0, 1].
         fit: how a whole image meets the square input (see `View`).
+        photographs: whether the encoders know what a photograph is, which CLIP-IQA takes.
     """
 
     def __init__(
@@ -58,11 +62,13 @@ class Clip:
         name: str = "tiny-clip",
         normalisation: tuple[Sequence[float], Sequence[float]] = TINY,
         fit: Literal["squash", "centre"] = "squash",
+        photographs: bool = False,
     ):
         self.name, self.model, self.tokenizer = name, model.eval().requires_grad_(False), tokenizer
         self.size: int = model.vision_model.config.image_size
         self.view = View(self.size, fit)
         self.length: int = model.text_model.config.max_position_embeddings
+        self.photographs = photographs
         self.mean, self.std = (torch.tensor(v, device=model.device).view(3, 1, 1) for v in normalisation)
 
     def image(self, images: Tensor) -> Tensor:
@@ -78,6 +84,12 @@ class Clip:
             list(prompts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
         return self.model.get_text_features(**tokens).pooler_output, cut
+
+    def quality(self, images: Tensor) -> Tensor:
+        """CLIP-IQA of embedded images (b, e): probability in (0, 1) of "Good photo." against "Bad photo." (b,)."""
+        antonyms = torch.nn.functional.normalize(self.text(QUALITY)[0].float(), dim=-1)
+        images = torch.nn.functional.normalize(images.to(antonyms), dim=-1)
+        return (100 * images @ antonyms.T).softmax(-1)[:, 0]
 
 
 class ClipFeatures:
@@ -153,7 +165,7 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
     torch.nn.Module.to(model, device)
     if name == "tiny-clip":
         return Clip(model, tokenizer)
-    return Clip(model, tokenizer, Path(name).name, OPENAI, "centre")
+    return Clip(model, tokenizer, Path(name).name, OPENAI, "centre", photographs=True)
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from hires.config import Metrics
 from hires.metrics import distances
 from hires.metrics.bootstrap import centred, draw_prompts, interval
 from hires.metrics.features import Features
+from hires.metrics.networks import QUALITY
 from hires.metrics.pixels import BANDS, LOW
 from hires.metrics.seams import Borders, seams
 from hires.results import BETWEEN, named
@@ -25,6 +26,7 @@ TIDY = ["study", "setting", "trial", "backbone", "variant", "height", "width", *
 PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]
 PER_IMAGE = {
     "clip": ["clip"],
+    "clip_iqa": ["clip_iqa"],
     "count": ["count"],
     "colours": ["colours"],
     "repetition": ["repetition"],
@@ -62,18 +64,20 @@ def per_image(
 ) -> pd.DataFrame:
     """Scores that single images have: columns id, seed, metric, value.
 
-    clip: 100 · cos of image and prompt (Hessel et al. 2021), not cut at 0. count: 1 where as many objects are found as
-    the scene has. colours: 1 where every colour of the scene is found. repetition: objects beyond the scene's.
-    spectrum_low, _mid, _high: log₁₀ band powers (`pixels.band_powers`). high_band: spectrum_high less that of the
-    prompt's own reference, in decades: below 0 too smooth, above 0 over-textured. low_band: root mean square
-    difference from that reference's coarse layout, in grey levels (`pixels.low_band`); a caption leaves the layout
-    free, so that only differences between variants tell something. seams: `seams.seams` on `borders`. seconds,
-    peak_bytes: from `manifest` (columns id, seed, seconds, peak_bytes). Scores that need a scene, a reference, borders
-    or a manifest are left out where there is none.
+    clip: 100 · cos of image and prompt (Hessel et al. 2021), not cut at 0. clip_iqa: `Clip.quality`, where the encoders
+    know photographs. count: 1 where as many objects are found as the scene has. colours: 1 where every colour of the
+    scene is found. repetition: objects beyond the scene's. spectrum_low, _mid, _high: log₁₀ band powers
+    (`pixels.band_powers`). high_band: spectrum_high less that of the prompt's own reference, in decades: below 0 too
+    smooth, above 0 over-textured. low_band: root mean square difference from that reference's coarse layout, in grey
+    levels (`pixels.low_band`); a caption leaves the layout free, so that only differences between variants tell
+    something. seams: `seams.seams` on `borders`. seconds, peak_bytes: from `manifest` (columns id, seed, seconds,
+    peak_bytes). Scores that need a scene, a reference, borders or a manifest are left out where there is none.
     """
     t, values = images.tensors, {}
     cosine = torch.nn.functional.cosine_similarity(t["clip_image"].double(), t["clip_text"].double())
     values["clip"] = 100 * cosine.numpy()
+    if "clip_iqa" in t:
+        values["clip_iqa"] = t["clip_iqa"].double().numpy()
     values |= {f"spectrum_{band}": t["bands"][:, k].numpy() for k, band in enumerate(BANDS)}
     if borders is not None and (across := seams(t["row_steps"], t["column_steps"], borders)) is not None:
         values["seams"] = across
@@ -159,6 +163,8 @@ class _Scorer:
             cut = int(self.images.tensors["cut"].sum())
             what = f"{meta['clip']}, {meta['clip_view']}, {cut} of {len(self.images)} prompts cut at "
             what += f"{meta['clip_length']} tokens; "
+        elif metric == "clip_iqa":
+            what = f"{meta['clip']}, {meta['clip_view']}, {' against '.join(map(repr, QUALITY))}; "
         elif metric in ("count", "colours", "repetition"):
             what = "objects read by hires.scenes.parse; "
         elif metric == "seams":
