@@ -16,7 +16,8 @@ KEYS = {"setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64
 def run(folder, config, studies, value=1.0, tables=("variants",), **columns):
     """What a run of a configuration leaves, as far as promotion reads it."""
     folder.mkdir(parents=True)
-    rows = [{"study": study, "trial": "all", "variant": "npa", **KEYS, "value": value, **columns} for study in studies]
+    score = {"trial": "all", "variant": "npa", **KEYS, "value": value, "low": 0.0, "high": 9.0, "n": 1}
+    rows = [{"study": study, **score, "flag": "", "protocol": "", **columns} for study in studies]
     pd.DataFrame(rows).to_parquet(folder / "metrics.parquet")
     pairs = [{"study": study, **KEYS, "a": "npa", "b": "direct", "difference": value, **columns} for study in studies]
     pd.DataFrame(pairs).to_parquet(folder / "paired.parquet")

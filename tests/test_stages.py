@@ -209,7 +209,7 @@ def test_a_batch_is_the_same_whatever_was_finished(config):
     images.run(config, *PLACE, 0)
     assert pictures(Path("results")) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    items = [shards.Item(prompt, 0, Path(prompt.id), "") for prompt in read_prompts(layout.prompts(config))]
+    items = [shards.Item(prompt, 0, Path(prompt.id), "", 1) for prompt in read_prompts(layout.prompts(config))]
     assert [len(batch) for batch, _ in shards.batches(items, 2)] == [2, 1]
 
 

@@ -45,7 +45,10 @@ def read(path: Path, columns: Sequence[str] = ()) -> pa.Table:
         raise Damaged(f"{path} is damaged: it is not what was written")
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise HiresError(f"{path} has no column {', '.join(missing)}: delete it, and the next run makes it again")
+        raise HiresError(
+            f"{path} has no column {', '.join(missing)}, so another version of hires wrote it: delete it, and the next "
+            "run makes it again"
+        )
     return table
 
 

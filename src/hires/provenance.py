@@ -1,6 +1,5 @@
 """What made a result: code, versions, machine, model, configuration, time. No host names, no absolute paths."""
 
-import json
 import os
 import platform
 import subprocess
@@ -12,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from hires import __version__
+from hires import __version__, layout
 from hires.config import Config, load_config
 from hires.errors import HiresError
-from hires.storage import digest, write_changed
+from hires.stages import VERSIONS
+from hires.storage import digest, read_json, write_changed
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "torchmetrics", "triton", "numpy", "pillow")
 
@@ -66,10 +66,31 @@ def stored_config(config: Config) -> Path:
 
 
 def store_config(config: Config) -> Path:
-    """Write the configuration to `stored_config` unless it stands there."""
+    """Write the configuration to `stored_config` unless it stands there. HiresError where a newer hires has been."""
     path = stored_config(config)
+    other_versions(config)
     write_changed(path, yaml.safe_dump(config_data(config), sort_keys=False, allow_unicode=True))
     return path
+
+
+def other_versions(config: Config) -> dict[str, int]:
+    """Stage -> its version when the results were finished, for the stages that have another one since.
+
+    Nothing for unfinished results, or those of a hires that recorded no versions. HiresError where one is newer than
+    this hires knows.
+    """
+    try:
+        record = read_json(layout.provenance(config))
+    except HiresError:  # not there, or damaged: it will be written again
+        return {}
+    found = {stage: n for stage, n in record.get("stages", {}).items() if n != VERSIONS.get(stage)}
+    for stage, n in found.items():
+        if n > VERSIONS.get(stage, 0):
+            raise HiresError(
+                f"{config.root} was made by hires {record['hires']} (stage {stage}: version {n}), this is "
+                f"{__version__} ({VERSIONS.get(stage, 'none')}): use that one, or give the configuration another name"
+            )
+    return found
 
 
 def read_stored(path: Path) -> Config:
@@ -81,10 +102,10 @@ def read_stored(path: Path) -> Config:
         return load_config(path).at(path.parent)
     except HiresError as error:
         try:
-            by = json.loads((path.parent / "provenance.json").read_text())["hires"]
-        except (OSError, ValueError, KeyError, TypeError):
-            by = "another version"
-        raise HiresError(f"hires {by} wrote it, this is {__version__}: {error}") from None
+            by = f"hires {read_json(path.parent / 'provenance.json')['hires']}"
+        except (HiresError, KeyError, TypeError):
+            by = "another version of hires"
+        raise HiresError(f"{by} wrote it, this is {__version__}: {error}") from None
 
 
 def distinct(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

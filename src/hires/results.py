@@ -19,6 +19,9 @@ TRUE = "true image"
 _REFERENCE = "reference"  # what the table of scores calls them
 BETWEEN = "between"  # settings of one variant compared, where paired.parquet names a setting
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
+# what is read of the tables; those that another version wrote may have more
+METRICS = [*SET, "trial", "metric", "value", "low", "high", "n", "flag", "protocol"]
+PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]
 
 
 def repository_root(start: Path | None = None) -> Path:
@@ -62,7 +65,7 @@ class Results:
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """The tidy table of scores over all trials, one row per image set and metric."""
-        return where(parquet.read_frame(self.path / "metrics.parquet"), trial="all")
+        return where(parquet.read_frame(self.path / "metrics.parquet", METRICS), trial="all")
 
     def scores(self, study: str, **columns) -> pd.DataFrame:
         """A study's scores; those of the references stand under every backbone, as variant "true image"."""
@@ -76,12 +79,7 @@ class Results:
     def paired(self) -> pd.DataFrame:
         """Paired differences between variants, and between settings; empty where none were computed."""
         file = self.path / "paired.parquet"
-        columns = ["study", "setting", "backbone", "height", "width", "metric", "a", "b"]
-        return (
-            parquet.read_frame(file)
-            if file.is_file()
-            else pd.DataFrame(columns=[*columns, "difference", "low", "high", "n"])
-        )
+        return parquet.read_frame(file, PAIRED) if file.is_file() else pd.DataFrame(columns=PAIRED)
 
     @cached_property
     def prompts(self) -> pd.DataFrame:

@@ -92,7 +92,11 @@ class Cost(Part):
 
 
 class Measured(Part):
-    """What making one file took. seconds: of this file's share of its batch; peak_bytes: of the whole batch."""
+    """What making one file took.
+
+    seconds: this file's share of its batch. peak_bytes: of the whole batch. savings: what memory that ran out made
+    necessary.
+    """
 
     sha256: str
     seconds: float | None = None
@@ -100,11 +104,16 @@ class Measured(Part):
     batch: int | None = None
     steps: int | None = None
     stages: list[Cost] = []
+    savings: dict[str, Any] = {}
 
 
 class Record(Measured):
-    """<file>.json beside an image, a reference image or base latents. key: digest of all that the file depends on."""
+    """<file>.json beside an image, a reference image or base latents.
 
+    version: of the stage. key: digest of all that the file depends on.
+    """
+
+    version: int = 1
     key: str
     sampling: dict[str, Any] = {}
     provenance: Origin

@@ -8,6 +8,7 @@ again, byte for byte, from the records.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hires import layout
+from hires import __version__, layout
 from hires.config import Config
 from hires.errors import HiresError
 from hires.prompts import Prompt, read_prompts
 from hires.provenance import distinct
+from hires.schema import writer
+from hires.stages import VERSIONS
 from hires.storage import (
     Damaged,
     digest,
@@ -33,54 +36,91 @@ from hires.storage import (
 )
 
 
+class Newer(HiresError):
+    """A file that a newer hires made: nothing to be replaced."""
+
+
 @dataclass(frozen=True)
 class Item:
-    """One file to make: a prompt and a seed, where it goes, and the digest of all it depends on."""
+    """One file to make: a prompt and a seed, where it goes, the digest of all it depends on, and the stage's version.
+
+    The version is in the key as well, where it can't be read.
+    """
 
     prompt: Prompt
     seed: int
     file: Path
     key: str
+    version: int
 
     @property
     def record(self) -> Path:
         return self.file.with_name(f"{self.file.name}.json")
 
     def checked(self) -> dict[str, Any]:
-        """The record; `Damaged` unless the file is there, whole, and made from what `key` stands for."""
-        if not (self.file.exists() and self.record.exists()):
-            raise Damaged(f"{self.file} or its record is missing")
+        """The record; `Damaged` unless the file is there, whole, and made from what `key` stands for, else `Newer`."""
+        if not self.file.exists():
+            raise Damaged(f"{self.file} is missing")
+        if not self.record.exists():
+            raise Damaged(f"{self.file} has no record")
         record = read_sealed(self.record)
+        version = record.get("version", 1)  # what came before this field
+        if version > self.version:
+            raise Newer(
+                f"{self.file} was made by version {version} of its stage and this hires has version {self.version}: "
+                f"hires {writer(record)} made it, this is {__version__}: use that one, or give the configuration "
+                "another name"
+            )
+        if version < self.version:
+            raise Damaged(f"{self.file} was made by version {version} of its stage, which is at {self.version} now")
         if record.get("key") != self.key:
-            raise Damaged(f"{self.file} was made from something else")
+            raise Damaged(f"{self.file} was made from other settings, prompts or models")
         if record.get("sha256") != sha256(self.file):
             raise Damaged(f"{self.file} is damaged: it is not what was written")
         return record
 
     def finished(self) -> bool:
         """Whether the file is there, whole, and made from what `key` stands for; one that can't be read is not."""
+        return self.lack() is None
+
+    def lack(self) -> str | None:
+        """Why the file is to be made, in words that follow its name; None for a finished one. `Newer` is raised."""
         try:
             self.checked()
-        except HiresError:
-            return False
-        return True
+        except Newer:
+            raise
+        except HiresError as error:
+            return str(error).removeprefix(f"{self.file} ").replace(str(self.record), "its record")
+        return None
 
     def finish(self, data: bytes, **measured: Any) -> None:
         """Write the file, then its record; `measured` holds at least its `provenance`."""
         write_bytes(self.file, data)
-        write_json(self.record, sealed({"key": self.key, "sha256": sha256(self.file), **measured}))
+        write_json(
+            self.record, sealed({"version": self.version, "key": self.key, "sha256": sha256(self.file), **measured})
+        )
 
 
 def items(
-    config: Config, n: int, seeds: Sequence[int], shard: int, file: Callable[[str, int], Path], **depends: Any
+    config: Config,
+    n: int,
+    seeds: Sequence[int],
+    shard: int,
+    file: Callable[[str, int], Path],
+    stage: str,
+    **depends: Any,
 ) -> list[Item]:
     """The items of one shard of the first `n` prompts, all seeds of a prompt together.
 
     `file`: path from (prompt id, seed). `depends`: what shapes each file beside prompt and seed.
     """
     prompts = drawn(config)
+
+    def key(prompt: Prompt, seed: int) -> str:
+        return digest({"prompt": prompt.prompt, "seed": seed, **depends})
+
     return [
-        Item(prompt, seed, file(prompt.id, seed), digest({"prompt": prompt.prompt, "seed": seed, **depends}))
+        Item(prompt, seed, file(prompt.id, seed), key(prompt, seed), VERSIONS[stage])
         for prompt in (prompts[index] for index in layout.shard_rows(config, n, shard))
         for seed in seeds
     ]
@@ -108,8 +148,18 @@ def batches(items: Sequence[Item], size: int) -> list[Batch]:
     Batches are cut alike whatever was finished before, as the size of a batch may move the last bits of its images.
     """
     cut = [items[start : start + size] for start in range(0, len(items), size)]
-    missing = [(batch, [not item.finished() for item in batch]) for batch in cut]
-    return [(batch, todo) for batch, todo in missing if any(todo)]
+    todo = {*unfinished(items)}
+    missing = [(batch, [item in todo for item in batch]) for batch in cut]
+    return [(batch, wanted) for batch, wanted in missing if any(wanted)]
+
+
+def unfinished(items: Sequence[Item]) -> list[Item]:
+    """The items that are to be made. Why there is one that was made before is said on stderr, once for each reason."""
+    lacks = {item: lack for item in items if (lack := item.lack()) is not None}
+    for lack, n in Counter(lack for lack in lacks.values() if lack != "is missing").items():
+        folder = items[0].file.parent
+        print(f"{folder}: {n} of {len(items)} made again: each {lack}", file=sys.stderr)
+    return list(lacks)
 
 
 def write_manifest(path: Path, head: dict[str, Any], name: str, items: Iterable[Item]) -> None:
@@ -122,6 +172,7 @@ def write_manifest(path: Path, head: dict[str, Any], name: str, items: Iterable[
     for item in items:
         record = read_sealed(item.record)
         del record["key"]
+        record.pop("version", None)
         origins.append(record.pop("provenance"))
         if "sampling" in record:
             shared["sampling"] = record.pop("sampling")

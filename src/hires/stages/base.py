@@ -40,6 +40,7 @@ def items(config: Config, base: BaseSet, shard: int) -> list[Item]:
         base.seeds,
         shard,
         lambda prompt, seed: layout.base_latents(config, base, prompt, seed),
+        "base",
         **_head(base),
         sampling={setting: getattr(given, setting) for setting in layout.BASE_SETTINGS},
         **models.identity(config.backbones[base.backbone]),

@@ -96,6 +96,7 @@ def items(config: Config, images: ImageSet, shard: int) -> list[Item]:
         images.seeds,
         shard,
         lambda prompt, seed: layout.image(config, images, prompt, seed),
+        "images",
         version=[VERSIONS["base"], VERSIONS["images"]],
         variant=config.variants()[images.variant].model_dump(),
         size=[images.height, images.width],

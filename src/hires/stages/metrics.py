@@ -42,7 +42,8 @@ def run(config: Config) -> None:
         file = layout.reference_features(config, height, width)
         with remade("features", file):
             features = Features.load(file)
-        features = features.take([i for i, name in enumerate(features.ids) if name in set(prompts[:n])])
+        asked = set(prompts[:n])
+        features = features.take([i for i, name in enumerate(features.ids) if name in asked])
         names = {"setting": REFERENCE, "trial": "all", "backbone": REFERENCE, "variant": REFERENCE}
         found = ceiling(features, config.metrics, borders(config, images))
         references.append(frame(found, study=study, **names, height=height, width=width))

@@ -35,10 +35,16 @@ def run(config: Config, height: int, width: int) -> None:
         raise unknown("size of references", f"{height}x{width}", [f"{h}x{w}" for h, w in amounts])
     head: dict[str, Any] = {"version": VERSIONS["references"], "height": height, "width": width}
     items = [
-        Item(prompt, 0, layout.reference(config, height, width, prompt.id), digest({"url": prompt.url, **head}))
+        Item(
+            prompt,
+            0,
+            layout.reference(config, height, width, prompt.id),
+            digest({"url": prompt.url, **head}),
+            VERSIONS["references"],
+        )
         for prompt in shards.drawn(config)[: amounts[height, width]]
     ]
-    todo = [item for item in items if not item.finished()]
+    todo = shards.unfinished(items)
     with shards.told(f"references {height}x{width}", len(items)) as made:
         made.append(sum(_make(config, todo, height, width)))
         there = [item for item in items if item.finished()]

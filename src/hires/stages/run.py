@@ -1,13 +1,15 @@
 """Every stage of a configuration in one process, in order: what the Snakefile does, where Snakemake is missing."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hires import layout
 from hires.config import Config, parse_size
 from hires.devices import locked_device
-from hires.provenance import store_config
+from hires.provenance import other_versions, store_config
 from hires.stages import (
+    VERSIONS,
     base,
     checksums,
     features,
@@ -36,7 +38,10 @@ def run(config: Config) -> None:
 
 def _run(config: Config) -> None:
     changed = store_config(config)
-    if _old([layout.prompts(config)], [changed]):
+    other = other_versions(config)
+    for stage, version in other.items():
+        print(f"{stage}: version {version} made it, and is {VERSIONS[stage]} now: made again", file=sys.stderr)
+    if _old([layout.prompts(config)], [changed], "prompts" in other):
         prompts.run(config)
     with locked_device(config.compute.device) as device:
         for height, width, _ in layout.references(config):
@@ -48,13 +53,15 @@ def _run(config: Config) -> None:
         for study, entry in config.studies.items():
             for backbone in entry.backbones:
                 for size in entry.sizes:
-                    _measure(config, study, backbone, *parse_size(size), changed, device)
+                    _measure(config, study, backbone, *parse_size(size), changed, device, "scores" in other)
     tables = [layout.metrics(config), layout.paired(config)]
-    if _old(tables, [changed, *(layout.scores(config, made) for made in config.image_sets())]):
+    made_from = [changed, *(layout.scores(config, made) for made in config.image_sets())]
+    if _old(tables, made_from, "metrics" in other):
         metrics.run(config)
     provenance.run(config)
     for name in config.notebooks:
-        if _old([layout.notebook(config, name)], [changed, *tables, notebook.NOTEBOOKS / f"{name}.ipynb"]):
+        made_from = [changed, *tables, notebook.NOTEBOOKS / f"{name}.ipynb"]
+        if _old([layout.notebook(config, name)], made_from, "notebook" in other):
             notebook.run(config, name)
     report.run(config)
     checksums.run(config)
@@ -73,20 +80,22 @@ def _make(config: Config, backbone: str, device: str) -> None:
                     images.run(config, study, backbone, *parse_size(size), shard, device=device)
 
 
-def _measure(config: Config, study: str, backbone: str, height: int, width: int, changed: Path, device: str) -> None:
-    """Features and scores of the image sets of one study, backbone and size."""
+def _measure(
+    config: Config, study: str, backbone: str, height: int, width: int, changed: Path, device: str, anew: bool
+) -> None:
+    """Features and scores of the image sets of one study, backbone and size; `anew`: scores in any case."""
     features.run(config, study, backbone, height, width, device=device)
     sets = images.image_sets(config, study, backbone, height, width)
     made_from = [changed, layout.reference_features(config, height, width)]
     made_from += [path for made in sets for path in (layout.features(config, made), *layout.image_shards(config, made))]
     targets = [path for made in sets for path in (layout.scores(config, made), layout.image_scores(config, made))]
-    if _old(targets, made_from):
+    if _old(targets, made_from, anew):
         scores.run(config, study, backbone, height, width)
 
 
-def _old(targets: Sequence[Path], made_from: Sequence[Path]) -> bool:
-    """Whether a target is missing, or older than something that it is made from."""
-    if not all(target.exists() for target in targets):
+def _old(targets: Sequence[Path], made_from: Sequence[Path], anew: bool) -> bool:
+    """Whether targets are to be made `anew`, or one is missing, or older than something that it is made from."""
+    if anew or not all(target.exists() for target in targets):
         return True
     oldest = min(target.stat().st_mtime_ns for target in targets)
     return any(path.stat().st_mtime_ns > oldest for path in made_from)
