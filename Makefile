@@ -6,7 +6,7 @@ PYTHON ?= python3
 READY := .venv/.ready
 IN_VENV := source .venv/bin/activate &&
 
-.PHONY: reproduce test lint smoke figures
+.PHONY: reproduce test lint smoke figures fuzz audit
 
 reproduce: $(READY)
 	$(IN_VENV) snakemake --cores all
@@ -20,6 +20,12 @@ lint: $(READY)
 	$(IN_VENV) snakefmt --check --line-length 120 Snakefile rules
 	$(IN_VENV) mypy
 	$(IN_VENV) snakemake --lint
+
+fuzz: $(READY)
+	$(IN_VENV) FUZZ=10000 pytest --numprocesses auto --maxprocesses 4 --timeout 1800 tests/test_fuzz.py
+
+audit:
+	PYTHON=$(PYTHON) .ci/audit
 
 smoke: $(READY)
 	$(IN_VENV) snakemake --cores all --configfile config/smoke.yaml

@@ -20,6 +20,7 @@ from hires.errors import HiresError
 from hires.schema import Entry, Manifest, Model, Origin, Promotion, Provenance, Record
 from hires.stages import VERSIONS, base, checksums, images, models
 from hires.storage import digest, read_json, read_sealed, sha256
+from hires.untrusted import read_picture
 
 SUMS = "SHA256SUMS"
 MANIFEST = re.compile(r"(images|base)/.+/shard-\d+\.json|(references)/[^/]+/manifest\.json")
@@ -271,7 +272,6 @@ def again(folder: Folder, n: int, seed: int = 0, device: str | None = None) -> I
     if not files:
         raise HiresError(f"{folder.path} holds no images to make again")
     import torch
-    from PIL import Image
 
     from hires import records
 
@@ -285,7 +285,7 @@ def again(folder: Folder, n: int, seed: int = 0, device: str | None = None) -> I
         if model not in loaded:
             loaded = {model: records.load(recipe, device=device)}
         image, _ = records.make(recipe, loaded[model])
-        verdict = records.compare(Image.open(folder.path / name), image)
+        verdict = records.compare(read_picture(folder.path / name, name), image)
         if verdict != records.SAME and (entry.batch or 1) > 1:
             verdict += f" (made in a batch of {entry.batch} then, alone now)"
         yield name, verdict
