@@ -1,13 +1,16 @@
 """Structure Guidance (ScaleDiff, arXiv 2510.25818, section 3.4)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from hires.methods.frequency import low_pass
 from hires.methods.guides import Guide, Guided
-from hires.settings import LowPass
+from hires.settings import LowPass, Sampling
+
+if TYPE_CHECKING:
+    from hires.backbones import Schedule
 
 Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
 
@@ -43,10 +46,14 @@ def gamma(kind: Gamma, noise_shares: Sequence[float], first: int, step: int) -> 
 
 def guide(stage: Guided) -> Guide:
     """Structure Guidance of every step toward Z_ref."""
-    schedule, sampling = stage.schedule, stage.sampling
+    return toward(stage.reference, stage.schedule, stage.sampling)
+
+
+def toward(reference: Tensor, schedule: "Schedule", sampling: Sampling) -> Guide:
+    """What every step of a stage does to the model's output, with the settings' weight and filter."""
     kind: Gamma = sampling.gamma or "normalised"
     factor, shares = sampling.sg_factor or 1.0, schedule.noise_shares
-    low = low_pass(stage.reference, sampling.low_pass, factor)
+    low = low_pass(reference, sampling.low_pass, factor)
 
     def act(output: Tensor, latents: Tensor, step: int) -> Tensor:
         weight = sampling.gamma_scale * gamma(kind, shares, schedule.first, step)
