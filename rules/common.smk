@@ -15,7 +15,7 @@ from hires.provenance import store_config, stored_config
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
 from hires.stages.notebook import check_all
-from hires.storage import claim
+from hires.storage import claim, not_ahead
 
 ENVIRONMENT = "../environment.yml"
 
@@ -169,6 +169,7 @@ onstart:
     if workflow.is_main_process:
         try:
             claims.append(claim(CONFIG.root))
+            not_ahead(layout.made(CONFIG))
             store_config(CONFIG)  # here, as a dry run must leave everything alone
         except HiresError as error:
             raise WorkflowError(str(error))

@@ -49,7 +49,7 @@ def locked_device(device: str = "auto", poll: float = 0.2, patience: float = 5.0
     folder.mkdir(exist_ok=True)
     locks = {name: FileLock(folder / f"{name.replace('/', '_')}.lock", is_singleton=True) for name in names}
     name = _first_free(locks, poll, patience)
-    _holder(locks[name]).write_text(str(os.getpid()))
+    Path(locks[name].lock_file).write_text(str(os.getpid()))
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = name
     try:
@@ -72,7 +72,7 @@ def _first_free(locks: dict[str, FileLock], poll: float, patience: float) -> str
                 continue
             return name
         if time.monotonic() - started > patience:
-            held = ", ".join(_holder(lock).read_text() for lock in locks.values() if _holder(lock).exists())
+            held = ", ".join(Path(lock.lock_file).read_text() for lock in locks.values())
             print(
                 f"waiting for a GPU for {time.monotonic() - started:.0f} s: held by process {held}; "
                 "one that hangs may be killed, its finished work is kept",
@@ -80,8 +80,3 @@ def _first_free(locks: dict[str, FileLock], poll: float, patience: float) -> str
             )
             patience *= 4
         time.sleep(poll)
-
-
-def _holder(lock: FileLock) -> Path:
-    """Where the process that holds a lock leaves its number."""
-    return Path(lock.lock_file).with_suffix(".pid")

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,12 @@ def pattern(config: Config, output: str) -> str:
     if output not in PATTERNS:
         raise unknown("output", output, PATTERNS)
     return str(config.root / PATTERNS[output])
+
+
+def made(config: Config) -> Iterator[Path]:
+    """Every declared output that is there."""
+    for output in PATTERNS.values():
+        yield from config.root.glob(re.sub(r"\{\w+\}", "*", output))
 
 
 def wildcards(config: Config) -> dict[str, str]:

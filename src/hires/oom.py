@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # PyTorch's CPU allocator, the CUDA driver, and libraries that allocate for themselves raise a plain RuntimeError.
 SAID = ("allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "can't start new thread")
-
+ONEDNN = ("could not create a primitive", "could not execute a primitive")  # all that it says of memory
 ADVICE = (
     "what helps: a smaller size, fewer images at once, vae_tiling = true, view_batch = 1, "
     "or to keep parts of the model in main memory (offload)"
@@ -26,9 +26,9 @@ ADVICE = (
 
 def exhausted(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or in main memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in SAID)
-    )
+    if isinstance(error, RuntimeError):
+        return str(error) in ONEDNN or any(text in str(error) for text in SAID)
+    return isinstance(error, MemoryError)
 
 
 def described(error: BaseException) -> str:

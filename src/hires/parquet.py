@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hires.errors import HiresError
-from hires.storage import Damaged, digest, read_bytes, replacing
+from hires.storage import Damaged, digest, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,8 +20,9 @@ SEAL = b"hires.digest"
 def write(path: Path, table: pa.Table) -> None:
     """Write a table, its metadata included, whole or not at all."""
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), SEAL: _seal(table.schema)})
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, write_page_checksum=True)
+    data = io.BytesIO()
+    pq.write_table(table, data, write_page_checksum=True)
+    write_bytes(path, data.getvalue())
 
 
 def write_frame(path: Path, frame: "pd.DataFrame") -> None:

@@ -63,7 +63,7 @@ class Prompt:
 
 def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts that `draw_prompts` wrote, in order."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise HiresError(f"{path} does not exist: draw the prompts first (hires prompts)")
     rows = parquet.read(Path(path), SCHEMA.names).select(SCHEMA.names).to_pylist()
     for row in rows:  # ids become file names

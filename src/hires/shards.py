@@ -182,7 +182,7 @@ def write_manifest(path: Path, head: dict[str, Any], name: str, items: Iterable[
 
 def read_manifest(path: Path, stage: str) -> dict[str, Any]:
     """The manifest of a shard that `stage` made."""
-    if not path.is_file():
+    if not path.exists():
         raise HiresError(f"{path} does not exist: make the images first (hires {stage}, or hires run)")
     with remade(stage, path):
         return read_sealed(path)

@@ -10,7 +10,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,25 @@ def claim(folder: Path) -> AcquireReturnProxy:
 
     Snakemake's own lock would outlive a killed run and stop the next one. HiresError when another process has it.
     """
+    file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / ".lock").acquire(timeout=0)
+        held = FileLock(file).acquire(timeout=0)
+        file.write_text(str(os.getpid()))
+        return held
     except Timeout:
-        raise HiresError(f"another run is writing to {folder}: wait for it, or end it first") from None
+        raise HiresError(
+            f"another run is writing to {folder} (process {file.read_text()}): wait for it, or end it first"
+        ) from None
     except OSError as error:
         raise HiresError(f"cannot write to the results folder {folder}: {_reason(error)}: {_mend(error)}") from None
+
+
+def not_ahead(paths: Iterable[Path]) -> None:
+    """Give files of the future the time of now: left by a clock that went back, they would never count as old."""
+    for path in paths:
+        if path.stat().st_mtime > time.time():
+            path.touch()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -138,8 +151,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file; `Damaged` where it is none."""
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(data)
     except ValueError as error:
         raise Damaged(f"{path} is damaged: no JSON ({error})") from None
 

@@ -30,7 +30,7 @@ def run(config: Config) -> None:
     parts = []
     for images in config.image_sets():
         path = layout.scores(config, images)
-        if not path.is_file():
+        if not path.exists():
             raise HiresError(f"{path} does not exist: score the image sets first (hires scores)")
         with remade("scores", path):
             parts.append(parquet.read_frame(path, TIDY))

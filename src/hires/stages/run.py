@@ -22,7 +22,7 @@ from hires.stages import (
     report,
     scores,
 )
-from hires.storage import claim
+from hires.storage import claim, not_ahead
 
 
 def run(config: Config) -> None:
@@ -33,6 +33,7 @@ def run(config: Config) -> None:
     """
     notebook.check_all(config)
     with claim(config.root):
+        not_ahead(layout.made(config))
         _run(config)
 
 
