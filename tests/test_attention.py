@@ -595,3 +595,22 @@ def test_foreign_models_and_processors_are_refused(flux):
         use_attention(flux, "npa", size=(16, 16), base_size=(8, 8)),
     ):
         pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text_rows", ["patch", "global"])
+def test_flux2_on_a_gpu(text_rows):
+    """Head dimension 128 in bfloat16: the kernel that is chosen errs no more than twice what plain PyTorch does."""
+    torch.manual_seed(3)
+    shape = {"attention_head_dim": 128, "axes_dims_rope": (32, 32, 32, 32), "joint_attention_dim": 16}
+    model = lively(build_transformer(in_channels=8, num_layers=2, **shape)).cuda()
+    inputs = {name: x.cuda() for name, x in flux2_inputs((64, 64), text=77).items()}
+    sizes = {"size": (64, 64), "base_size": (32, 32), "text_rows": text_rows}
+    with use_attention(model, "npa", **sizes, backend="reference"):
+        exact = run(model, inputs)
+    model, inputs = model.bfloat16(), {name: x if "ids" in name else x.bfloat16() for name, x in inputs.items()}
+    outputs = {}
+    for backend in ("sdpa", "auto"):
+        with use_attention(model, "npa", **sizes, backend=backend):
+            outputs[backend] = (run(model, inputs).double() - exact).abs()
+    assert outputs["auto"].max() <= 2 * outputs["sdpa"].max() and outputs["auto"].mean() <= 2 * outputs["sdpa"].mean()

@@ -13,6 +13,7 @@ from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusionXLPipelin
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 import hires
+from hires.attention import use_attention
 from hires.backbones import Backbone, Schedule, load
 from hires.backbones.flux import image_ids, pack, unpack
 from hires.backbones.presets import CONFIGS
@@ -460,6 +461,32 @@ def test_load_a_folder(folder, flux):
     sampling = Sampling(num_inference_steps=2, guidance_scale=2.0)
     ours, same = (base_latents(b, PROMPTS[:1], [0], 96, 96, sampling) for b in (backbone, flux))
     assert torch.equal(ours, same)
+
+
+def test_load_a_flux2_folder(klein, tmp_path):
+    klein.pipe.save_pretrained(tmp_path / "klein")
+    (tmp_path / "klein" / "hires.json").write_text(json.dumps(tiny_flux2.HINTS))
+    backbone = load(tmp_path / "klein", device="cpu")
+    sampling = Sampling(num_inference_steps=2, guidance_scale=2.0)
+    ours, same = (base_latents(b, PROMPTS[:1], [0], 96, 96, sampling) for b in (backbone, klein))
+    assert backbone.family == "flux2" and torch.equal(ours, same)
+    with pytest.raises(HiresError, match="means nothing"):  # the option beside the parts, also without their weights
+        load(CONFIGS / "flux2-klein", "meta", weights="random").check_settings(Sampling(guidance_scale=2.0))
+
+
+@torch.no_grad()
+def test_a_step_of_the_full_size_flux2(klein):
+    """FLUX.2 [klein] at 2048², without weights: every shape of NPA in its 25 blocks fits."""
+    backbone = load_config_only("flux2-klein")
+    sampling = backbone.defaults
+    conditioning = {name: x.to("meta") for name, x in backbone.encode_prompt(PROMPTS[:1], sampling).items()}
+    schedule = klein.schedule(sampling, (128, 128), 2)
+    schedule.timesteps = schedule.timesteps.to("meta")
+    latents = torch.empty(1, 32, 256, 256, device="meta")
+    with use_attention(backbone.model, "npa", (256, 256), (128, 128)) as attention:
+        output = backbone.predict(latents, schedule, 2, conditioning, sampling, (2048, 2048))
+    assert output.shape == latents.shape and output.dtype == torch.float32
+    assert len(attention.layers) == 25 and {(x.grid, x.window) for x in attention.layers} == {((128, 128), (64, 64))}
 
 
 def test_revision_is_of_the_weights(folder):
