@@ -162,11 +162,11 @@ def test_dense_stage_of_flux_is_the_papers_formulas(flux):
     close(stage.latents, x.float())
 
 
-def test_sg_of_full_strength_ends_on_the_reference(flux):
+def test_sg_of_full_strength_ends_on_the_reference(joint):
     """γ = 1 over all frequencies leaves nothing but Z_ref, whatever the model says."""
     sampling = Sampling(sg_factor=1.0, gamma="normalised", num_inference_steps=1, tau=1000).over(FAST)
     base, stage = cascade(
-        flux, PROMPTS[:1], [0], Variant(sg=True), 256, 256, Sampling(reference="latent").over(sampling)
+        joint, PROMPTS[:1], [0], Variant(sg=True), 256, 256, Sampling(reference="latent").over(sampling)
     )
     close(stage.latents, F.interpolate(base.latents, scale_factor=2, mode="bicubic", align_corners=False))
 
@@ -354,15 +354,15 @@ def picture(width=128, height=128):
     return Image.fromarray(np.stack([rows % 256, columns % 256, (rows + columns) % 256], -1).astype(np.uint8))
 
 
-def test_own_image_takes_the_place_of_the_base(flux):
+def test_own_image_takes_the_place_of_the_base(joint):
     image = to_pixels(picture(), (128, 128))
-    base, one, two = cascade(flux, PROMPTS[:1], [0], VARIANTS["npa"], 512, 512, FAST, image=image, strength=0.3)
+    base, one, two = cascade(joint, PROMPTS[:1], [0], VARIANTS["npa"], 512, 512, FAST, image=image, strength=0.3)
     assert [s.steps for s in (base, one, two)] == [0, 1, 2]  # strength in the first stage only, then τ
-    assert np.array_equal(np.array(decode(flux, base)[0]), np.array(picture()))
+    assert np.array_equal(np.array(decode(joint, base)[0]), np.array(picture()))
     with torch.no_grad():
-        encode = flux.pipe.vae.encode
-        reference = encode(F.interpolate(image, scale_factor=2, mode="bicubic", align_corners=False)).latent_dist.mode()
-    weak, strong = (next_stage(flux, image, strength).latents for strength in (0.3, 1.0))
+        enlarged = F.interpolate(image, scale_factor=2, mode="bicubic", align_corners=False)
+        reference = joint._normalise(joint.pipe.vae.encode(enlarged).latent_dist.mode())
+    weak, strong = (next_stage(joint, image, strength).latents for strength in (0.3, 1.0))
     assert (weak - reference).abs().mean() < (strong - reference).abs().mean()
 
 
@@ -412,6 +412,7 @@ def test_a_window_of_one_token_is_refused_at_once():
         ({"height": 500}, "nearest allowed sizes"),
         ({"variant": Variant(start="noise", sg=True)}, "no base image"),
         ({"variant": Variant(start="noise", sharpening=1.0)}, "lfm, sharpening, sg, dwt must be off"),
+        ({"variant": Variant(sharpening=1.0), "sampling": Sampling(reference="latent").over(FAST)}, "be sharpened"),
         ({"variant": Variant(start="noise"), "height": 100}, "multiples of 32"),
         ({"variant": Variant(views="multidiffusion", attention="npa")}, "allowed: dense"),
         ({"variant": Variant(adapter="detail")}, "only attention 'scale_dit' uses one"),

@@ -159,6 +159,8 @@ def _check_stages(
 ) -> None:
     """Refuse an attention or a filter that doesn't fit one of the stages, before any work; sizes in latent pixels."""
     options = _attention_options(variant, sampling)
+    if variant.sharpening and sampling.reference == "latent" and not variant.lfm:
+        raise HiresError("reference = 'latent' enlarges no image that could be sharpened: leave one of the two out")
     for size in sizes:
         for model in (backbone.model, *backbone.controlnets):
             with use_attention(model, variant.attention, size, base_size, **options):

@@ -94,6 +94,9 @@ def _generators(given: Generator | Sequence[Generator] | None, batch: int) -> li
     generators = [given] if isinstance(given, Generator) else list(given or [])
     if len(generators) != batch:
         raise HiresError(f"{len(generators)} generators for {batch} images: give one CPU generator per image, seeded")
+    for generator in generators:
+        if generator.device.type != "cpu":
+            raise HiresError(f"a generator on {generator.device}: give CPU generators, which draw the same everywhere")
     return generators
 
 

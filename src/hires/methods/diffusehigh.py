@@ -33,7 +33,7 @@ def approximation(x: Tensor) -> Tensor:
 
 
 def _mirrored(side: int, device: torch.device) -> Tensor:
-    """Indices of `side` samples with the seven beyond either end that the filter reaches, the border sample twice."""
+    """Indices of `side` samples and of those beyond either end that the filter reaches, the border sample twice."""
     places = torch.arange(-6, side + 6 + side % 2, device=device)
     places = torch.where(places < 0, -1 - places, places)
     return torch.where(places < side, places, 2 * side - 1 - places)
