@@ -10,8 +10,9 @@ from hires import layout
 from hires.config import load_config
 from hires.devices import uses_gpu
 from hires.errors import HiresError
-from hires.prompts import parquet_files
+from hires.frozen import load_frozen
 from hires.provenance import store_config, stored_config
+from hires.sources import is_address, parquet_files
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
 from hires.stages.notebook import check_all
@@ -129,9 +130,13 @@ def model_of(wildcards):
 
 
 def prompt_source():
-    """The parquet files that prompts are drawn from; none for the embedded scenes, which the stage writes itself."""
+    """The local files that prompts are drawn from; none for the embedded scenes, which the stage writes itself."""
+    source, frozen = CONFIG.prompts.source, CONFIG.prompts.frozen
     try:
-        return [] if CONFIG.prompts.source == "scenes" else parquet_files(CONFIG.prompts.source)
+        files = [] if source == "scenes" or is_address(source) else parquet_files(source)
+        if frozen:
+            load_frozen(frozen)
+        return files + ([frozen] if frozen else [])
     except HiresError as error:
         refuse(error)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Refusal = tuple[int, dict[str, str]]  # status, headers
@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif api and rest[0] == "tree":
             self.json([_entry(f, p) for f, p in files.items()])
         elif api and rest[0] == "paths-info":
-            wanted = json.loads(self.body)["paths"]
+            wanted = parse_qs(self.body.decode())["paths"]
             folders = [w for w in wanted if any(f.startswith(f"{w}/") for f in files)]
             entries = [{"type": "directory", "path": w, "oid": COMMIT} for w in folders]
             self.json(entries + [_entry(w, files[w]) for w in wanted if w in files])

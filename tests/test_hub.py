@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, serve
 
 from hires import doctor
+from hires.config import Prompts
 from hires.errors import HiresError
 from hires.models import ASSETS
+from hires.prompts import draw_prompts, read_prompts
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsNoTokenButMustNotBeShown"
@@ -38,15 +42,19 @@ for model in sys.argv[1:]:
 """
 
 
-def load(models, home, address, token=None, **environment):
-    """The revision of each model, or the line that refuses it, as a process says whose hub is `address`."""
+def run(code, arguments, home, address, token=None, **environment):
+    """What a program prints, a JSON value a line, in a process whose hub is `address`."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     given = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
     given |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-c", LOAD, *models]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | given)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=clean | given)
     assert (done.returncode, done.stderr) == (0, "") and TOKEN not in done.stdout
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def load(models, home, address, token=None, **environment):
+    """The revision of each model, or the line that refuses it, as a process says whose hub is `address`."""
+    said = run(LOAD, models, home, address, token, **environment)
     assert all(isinstance(line, str) or (line[0].startswith("model '") and "\n" not in line[0]) for line in said)
     return [line if isinstance(line, str) else line[0] for line in said]
 
@@ -82,8 +90,8 @@ def home(tmp_path_factory, hub):
         "some/tiny@main": COMMIT,
         "some/tiny@v9": "no such revision: https://huggingface.co/some/tiny/commits/main",
         "flux-dev": f"accept the licence on {FLUX}, then hf auth login",
-        "some/other": "no such model: check the name at https://huggingface.co/some/other; for a private one: hf auth",
-        "some/none": "no diffusers pipeline with safetensors weights: see https://huggingface.co/some/none/tree/main",
+        "some/other": "no such repository: check the name at https://huggingface.co/some/other; for a private one",
+        "some/none": "it is no diffusers pipeline with safetensors weights (",
         "some/down": "the hub answered 503: try again later",
         "some/a..b": "OWNER/NAME",
     }
@@ -166,3 +174,39 @@ def test_doctor_checks_what_a_configuration_needs(checks):
     assert found["disk of results"].state == "wrong" and "GiB" in found["disk of results"].mend
     embedded = checks(config=ROOT / "config/smoke.yaml")
     assert doctor.runs(list(embedded.values())) and {f"weights {name}" for name in doctor.EMBEDDED} <= set(embedded)
+
+
+# --- prompts from a data set of the hub
+
+DRAW = """
+import json, sys
+from hires.config import Prompts
+from hires.errors import HiresError
+from hires.prompts import draw_prompts, read_prompts
+for address in sys.argv[2:]:
+    try:
+        draw_prompts(Prompts(n=3), address, sys.argv[1])
+        print(json.dumps([prompt.prompt for prompt in read_prompts(sys.argv[1])]))
+    except HiresError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_prompts_are_drawn_from_a_data_set(tmp_path):
+    columns = {"URL": [f"http://x/{i}" for i in range(9)], "TEXT": [f"number {i}" for i in range(9)]}
+    (tmp_path / "data" / "part").mkdir(parents=True)
+    pq.write_table(pa.table(columns), tmp_path / "data" / "part" / "0.parquet")
+    draw_prompts(Prompts(n=3), tmp_path / "data", tmp_path / "here.parquet")
+
+    def refuse(path, token):
+        gated = {"X-Error-Code": "GatedRepo"}
+        return (401, gated) if path.startswith(("api/datasets/some/gated", "datasets/some/gated")) else None
+
+    names = ["laion", "laion@main/part/*.parquet", "gated", "none"]
+    with serve({"datasets/some/laion": tmp_path / "data"}, refuse) as hub:
+        addresses = [f"hf://datasets/some/{name}" for name in names]
+        said = run(DRAW, [str(tmp_path / "p.parquet"), *addresses], tmp_path, hub.address)
+    expected = [prompt.prompt for prompt in read_prompts(tmp_path / "here.parquet")]
+    assert said[:2] == [expected, expected]
+    assert "accept the licence on https://huggingface.co/datasets/some/gated" in said[2]
+    assert "no such repository: check the name at https://huggingface.co/datasets/some/none" in said[3]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hires.config import Prompts
+from hires import shards
+from hires.cli import main
+from hires.config import Prompts, load_config
 from hires.errors import HiresError
-from hires.prompts import draw_prompts, parquet_files, read_counts, read_prompts
+from hires.prompts import draw_prompts, freeze, read_counts, read_prompts
+from hires.sources import parquet_files
 
 
 def rows(n, start=0):
@@ -181,7 +185,6 @@ def test_columns_of_other_types_and_names(tmp_path):
 
 def test_sources_that_cannot_be_read(tmp_path):
     assert "does not exist" in refused(tmp_path, tmp_path / "no.parquet")
-    assert "download it first" in refused(tmp_path, "https://example.org/a.parquet")
     (tmp_path / "empty").mkdir()
     assert "no parquet file there" in refused(tmp_path, tmp_path / "empty")
     assert "no parquet file there" in refused(tmp_path, str(tmp_path / "x*.parquet"))
@@ -281,3 +284,90 @@ def test_a_million_rows_in_one_row_group_need_little_memory(tmp_path):
     few, many = peak(100_000), peak(1_000_000)
     assert many - few < 100 * 2**20
     assert many + 9e6 * 24 < 2**30
+
+
+# --- elsewhere than in a local folder
+
+
+def test_addresses_draw_as_folders_do(tmp_path):
+    source = tmp_path / "source"
+    (source / "b").mkdir(parents=True)
+    write(source / "a.parquet", rows(20))
+    write(source / "b" / "c.parquet", rows(20, 20))
+    here, _ = draw(tmp_path, source, n=5)
+    memory = fsspec.filesystem("memory")
+    for name in ("a.parquet", "b/c.parquet"):
+        memory.pipe(f"/laion/{name}", (source / name).read_bytes())
+    memory.pipe("/laion/readme.txt", b"")
+    for address in ("memory://laion", "memory://laion/**/*.parquet", f"file://{source}"):
+        assert draw(tmp_path, address, n=5)[0] == here
+    assert len(parquet_files("memory://laion/a.parquet")) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("memory://nowhere", "no parquet file there"),
+        ("memory://laion-2/text", "not a readable parquet file"),
+        ("gopher://x/y", "can't be read"),
+        ("abfs://x/y", "can't be read: Install adlfs"),
+    ],
+)
+def test_an_address_that_gives_nothing(tmp_path, address, told):
+    fsspec.filesystem("memory").pipe("/laion-2/text", b"no parquet")
+    assert told in refused(tmp_path, address, n=1)
+
+
+# --- frozen lists
+
+
+def frozen(folder, **prompts):
+    drawn, _ = draw(folder, folder / "all.parquet", **prompts)
+    assert freeze(folder / "out" / "prompts.parquet", folder / "list.json") == len(drawn)
+    return drawn, str(folder / "list.json")
+
+
+def test_a_frozen_list_is_replayed_from_more_or_fewer_rows(tmp_path):
+    write(tmp_path / "all.parquet", rows(40))
+    drawn, path = frozen(tmp_path, n=10, seed=3)
+    assert all(prompt.prompt not in (tmp_path / "list.json").read_text() for prompt in drawn)
+    write(tmp_path / "more.parquet", rows(400))
+    again, counts = draw(tmp_path, tmp_path / "more.parquet", n=10, frozen=path)
+    assert again == drawn and counts["missing"] == counts["changed"] == 0
+    assert draw(tmp_path, tmp_path / "more.parquet", n=4, frozen=path)[0] == drawn[:4]
+
+    left = [row for row in rows(40) if row["TEXT"] not in (drawn[0].prompt, drawn[4].prompt)]
+    left = [row | {"TEXT": "another"} if row["TEXT"] == drawn[7].prompt else row for row in left]
+    write(tmp_path / "fewer.parquet", left)
+    again, counts = draw(tmp_path, tmp_path / "fewer.parquet", n=10, frozen=path)
+    assert (counts["frozen"], counts["drawn"], counts["missing"], counts["changed"]) == (10, 7, 2, 1)
+    assert [p.id for p in again] == [p.id for i, p in enumerate(drawn) if i not in (0, 4, 7)]
+    assert [p.index for p in again] == list(range(7))
+
+
+def test_a_bad_frozen_list_is_one_line(tmp_path):
+    write(tmp_path / "all.parquet", rows(10))
+    _, path = frozen(tmp_path, n=5)
+    assert "holds 5; lower n" in refused(tmp_path, tmp_path / "all.parquet", n=6, frozen=path)
+    write(tmp_path / "others.parquet", rows(10, 50))
+    assert "none of its 5 prompts" in refused(tmp_path, tmp_path / "others.parquet", n=5, frozen=path)
+    assert "does not exist" in refused(tmp_path, tmp_path / "all.parquet", n=5, frozen="nowhere.json")
+    (tmp_path / "list.json").write_text('{"version": 2, "source": "", "seed": 0, "prompts": []}')
+    assert "is no frozen list: version" in refused(tmp_path, tmp_path / "all.parquet", n=5, frozen=path)
+
+
+def test_the_command_freezes_and_says_what_a_replay_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "all.parquet", rows(40))
+    common = "name: t\nbackbones: {f: {model: tiny-flux, base_resolution: 128, size_multiple: 32}}\n"
+    common += "studies: {s: {backbones: [f], variants: [npa], sizes: {256x256: 5}}}\n"
+    (tmp_path / "c.yaml").write_text(common + "prompts: {source: all.parquet, n: 5}\n")
+    assert main(["prompts", "--config", "c.yaml", "--freeze", "list.json"]) == 0
+    assert "list.json: 5 prompts, frozen" in capsys.readouterr().out
+    first = read_prompts("results/t/prompts.parquet")[0]
+    write(tmp_path / "all.parquet", [row for row in rows(40) if row["TEXT"] != first.prompt])
+    (tmp_path / "c.yaml").write_text(common + "prompts: {source: all.parquet, n: 5, frozen: list.json}\n")
+    assert main(["prompts", "--config", "c.yaml"]) == 0
+    assert "4 of 5 frozen prompts (1 gone from the source, 0 with another caption)" in capsys.readouterr().out
+    config = load_config(tmp_path / "c.yaml")
+    assert len(shards.items(config, 5, [0], 0, lambda name, seed: tmp_path / name, "images")) == 4

@@ -98,7 +98,16 @@ class ScenePool(Section):
 class Prompts(Section):
     """Where the prompts come from, and which are drawn."""
 
-    source: str = Field("scenes", description="scenes (embedded), or a parquet file, a folder of them, or a glob")
+    source: str = Field(
+        "scenes",
+        description="scenes (embedded), or a parquet file, a folder of them, a glob, an address (hf://…, s3://…)",
+    )
+    frozen: str | None = Field(
+        None, description="list that hires prompts --freeze wrote: its rows are replayed, none is drawn"
+    )
+    pictures: str | None = Field(
+        None, description="folder that img2dataset wrote: reference images come from there, not from the web"
+    )
     n: int = Field(16, ge=1, description="number of prompts; a smaller n draws the first of the same list")
     seed: int = Field(0, ge=0, description="another seed draws another list")
     columns: Columns = Field(default_factory=Columns, description="column names of the source")

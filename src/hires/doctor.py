@@ -343,12 +343,14 @@ def _configuration(path: Path) -> list[Check]:
     """What a configuration needs beside the machine: prompts, models, adapters, the networks of its scores."""
     from hires.config import load_config
     from hires.metrics.networks import clip_files
-    from hires.prompts import parquet_files
+    from hires.sources import is_address, parquet_files
 
     config = load_config(path)
     gpu: Literal["note", "wrong"] = "wrong" if config.compute.device.startswith("cuda") else "note"
     checks = []
-    if config.prompts.source != "scenes":
+    if is_address(config.prompts.source):
+        checks.append(Check("prompts", "note", f"read from {config.prompts.source}, not looked at"))
+    elif config.prompts.source != "scenes":
         try:
             files = parquet_files(config.prompts.source)
             checks.append(Check("prompts", "ok", f"{len(files)} parquet files at {config.prompts.source}"))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pyarrow as pa
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,6 +28,7 @@ from hires.errors import HiresError
 CLIP_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
 LOCAL = "fetch it elsewhere (hf download) and give its folder"
 RIGHTS = "https://huggingface.co/settings/tokens"
+NO_PIPELINE = "it is no diffusers pipeline with safetensors weights"
 LOGIN = "hf auth login, or HF_TOKEN in the environment"
 
 
@@ -43,14 +45,14 @@ def download_pipeline(source: str) -> Path:
     from diffusers import DiffusionPipeline
 
     repo, _, revision = source.partition("@")
-    with _explained(source):
+    with explained(source):
         return Path(DiffusionPipeline.download(repo, revision=revision or None, use_safetensors=True))
 
 
 def download_clip(source: str) -> Path:
     """Folder of a pair of CLIP encoders with its tokenizer; errors as of `download_pipeline`."""
     repo, _, revision = source.partition("@")
-    with _explained(source):
+    with explained(source):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=CLIP_FILES))
 
 
@@ -65,21 +67,26 @@ def cached(source: str, file: str = "model_index.json") -> Path | None:
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn whatever the hub's libraries raise inside the block into one HiresError."""
+def explained(source: str, what: str = "", otherwise: str = NO_PIPELINE) -> Iterator[None]:
+    """Turn whatever the hub's libraries raise inside the block into one HiresError.
+
+    `what` was asked for, by default the model `source`; `otherwise` is said where the repository answers, but lacks it.
+    """
     try:
         yield
+    except (HiresError, pa.ArrowException):
+        raise
     except (OSError, httpx.HTTPError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise HiresError(f"model {source!r}: {_reason(error, source)}") from None
+        raise HiresError(f"{what or f'model {source!r}'}: {_reason(error, source, otherwise)}") from None
 
 
-def _reason(error: BaseException, source: str) -> str:
+def _reason(error: BaseException, source: str, otherwise: str) -> str:
     """What went wrong and what to do, from the first error of the chain that says it. Never the hub's own words: they
     hold addresses, and may quote what was sent."""
     for cause in _causes(error):
         if (known := _known(cause, source)) is not None:
             return known
-    return f"no diffusers model that can be read ({type(error).__name__}): see {page(source)}; a local folder works too"
+    return f"{otherwise} ({type(error).__name__}): see {page(source)}/tree/main"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -99,13 +106,11 @@ def _known(error: BaseException, source: str) -> str | None:
             return f"the hub has no such revision: {where}/commits/main lists them"
         case RepositoryNotFoundError():
             hidden = "it may be private: see that your token may read it" if token else f"for a private one: {LOGIN}"
-            return f"the hub has no such model: check the name at {where}; {hidden}"
+            return f"the hub has no such repository: check the name at {where}; {hidden}"
         case OfflineModeIsEnabled():
             return f"not whole in the local cache, and HF_HUB_OFFLINE is set: unset it, or {LOCAL}"
-        case LocalEntryNotFoundError():
+        case LocalEntryNotFoundError() | EntryNotFoundError():
             return None  # its cause says why the hub was not asked
-        case EntryNotFoundError():
-            return f"it is no diffusers pipeline with safetensors weights: see {where}/tree/main"
         case HfHubHTTPError() if error.response.status_code == 401:
             return f"the hub doesn't accept your token: renew it ({LOGIN})"
         case HfHubHTTPError() if error.response.status_code == 403:

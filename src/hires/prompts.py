@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ import pyarrow.parquet as pq
 from hires import parquet
 from hires.config import Columns, Filters, Prompts
 from hires.errors import HiresError
-from hires.storage import Damaged
+from hires.frozen import Frozen, Row, caption_digest, load_frozen
+from hires.sources import Place, opened, parquet_files
+from hires.storage import Damaged, write_json
 
 BATCH = 32768  # rows decoded at once
 BUDGET = 64 << 20  # bytes that dictionary-encoded text may take in a batch
@@ -78,12 +79,12 @@ def read_counts(path: str | Path) -> dict[str, Any]:
 
 
 def draw_prompts(settings: Prompts, source: str | Path, path: str | Path) -> dict[str, Any]:
-    """Draw `settings.n` prompts from `source` (a parquet file, a folder of them, or a glob) and write them to `path`.
+    """Draw `settings.n` prompts from `source` (see `hires.sources`), or replay a frozen list, and write them to `path`.
 
     Returns the counts that are also stored in the file's metadata. HiresError: no such file, not parquet, a column that
-    is needed and missing, fewer rows than n.
+    is needed and missing, fewer rows than n; of a frozen list, which may have lost rows: none left.
     """
-    rows, counts = _draw(settings, parquet_files(source))
+    rows, counts = (_replay if settings.frozen else _draw)(settings, parquet_files(source))
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     record = {"version": 1, "settings": settings.model_dump(mode="json"), "counts": counts}
     table = table.replace_schema_metadata({METADATA: json.dumps(record)})
@@ -91,27 +92,50 @@ def draw_prompts(settings: Prompts, source: str | Path, path: str | Path) -> dic
     return counts
 
 
-def parquet_files(source: str | Path) -> list[Path]:
-    """The parquet files of a file name, a folder (searched to any depth) or a glob."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-    elif path.exists():
-        files = [path]
-    elif has_magic(str(path)):
-        files = sorted(map(Path, glob(str(path), recursive=True)))
-    else:
-        remedy = "sources are local files: download it first" if "://" in str(source) else "put parquet files there"
+def freeze(path: str | Path, target: Path) -> int:
+    """Write the frozen list of the prompts in `path`, as `draw_prompts` wrote them, to `target`; how many they are."""
+    settings = json.loads(parquet.read(Path(path)).schema.metadata[METADATA])["settings"]
+    rows = [
+        Row(id=prompt.id, hash=prompt.hash, caption_sha256=caption_digest(prompt.prompt))
+        for prompt in read_prompts(path)
+    ]
+    write_json(target, Frozen(source=settings["source"], seed=settings["seed"], prompts=rows).model_dump())
+    return len(rows)
+
+
+def _replay(settings: Prompts, files: list[Place]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a frozen list that are still there with the same caption; filters were applied when it was drawn."""
+    listed = load_frozen(settings.frozen or "").prompts
+    if len(listed) < settings.n:
+        raise HiresError(f"prompts.n = {settings.n}: the frozen list {settings.frozen!r} holds {len(listed)}; lower n")
+    wanted = {row.id: row.caption_sha256 for row in listed[: settings.n]}
+    found: dict[str, dict[str, Any]] = {}
+    changed: set[str] = set()
+    total = 0
+    for batch in _batches(files, settings.model_copy(update={"filters": Filters(min_characters=None)})):
+        total += batch.num_rows
+        for row in zip(*(batch[name].to_pylist() for name in _WANTED)):
+            text, url, key, width, height = row
+            if text is None or (prompt_id := _id(text, url, key)) not in wanted:
+                continue
+            if caption_digest(text) == wanted[prompt_id]:
+                found[prompt_id] = {"prompt": text, "url": url, "hash": key, "width": width, "height": height}
+            else:
+                changed.add(prompt_id)
+    if not found:
         raise HiresError(
-            f"prompts.source {str(source)!r} does not exist: {remedy}, or name your own file, folder or glob: "
-            "snakemake --config 'prompts={source: PATH}', or a configuration that extends this one"
+            f"prompts.frozen {settings.frozen!r}: none of its {len(wanted)} prompts is among the {total} rows of "
+            "prompts.source: is it the source that the list was drawn from?"
         )
-    if not files:
-        raise HiresError(f"prompts.source {str(source)!r}: no parquet file there")
-    return files
+    there = [prompt_id for prompt_id in wanted if prompt_id in found]
+    rows = [{"index": i, "id": prompt_id, **found[prompt_id]} for i, prompt_id in enumerate(there)]
+    changed -= found.keys()
+    counts = {"rows": total, "dropped": {}, "kept": len(rows), "frozen": len(wanted), "changed": len(changed)}
+    counts |= {"missing": len(wanted) - len(rows) - len(changed), **_drawn(rows)}
+    return rows, counts
 
 
-def _draw(settings: Prompts, files: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _draw(settings: Prompts, files: list[Place]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     dropped: Counter[str] = Counter({name: 0 for name in ("null_caption", *_active(settings.filters), "duplicate")})
     best: dict[int, tuple] = {}  # caption -> its row of smallest rank
     limit = 1 << 64
@@ -122,7 +146,7 @@ def _draw(settings: Prompts, files: list[Path]) -> tuple[list[dict[str, Any]], d
         batch = _filter(batch, settings.filters, dropped)
         for row in zip(*(batch[name].to_pylist() for name in _WANTED)):
             text, url, key, *_ = row
-            prompt_id = _digest(key if key is not None else f"{url or ''}\n{text}").hex()
+            prompt_id = _id(text, url, key)
             rank = int.from_bytes(_digest(f"{settings.seed}:{prompt_id}"))
             words = " ".join(text.casefold().split()) if settings.filters.drop_duplicates else f"{prompt_id}:{text}"
             caption = int.from_bytes(_digest(words), sys.byteorder)
@@ -155,8 +179,15 @@ def _draw(settings: Prompts, files: list[Path]) -> tuple[list[dict[str, Any]], d
             f"prompts.columns.hash = {settings.columns.hash!r}: {keys[0]!r} stands for several captions; "
             "name a column that is different in every row, or null"
         )
-    counts |= {"drawn": len(rows), f"over_{LONG}_characters": sum(len(row["prompt"]) > LONG for row in rows)}
-    return rows, counts
+    return rows, counts | _drawn(rows)
+
+
+def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {"drawn": len(rows), f"over_{LONG}_characters": sum(len(row["prompt"]) > LONG for row in rows)}
+
+
+def _id(text: str, url: str | None, key: str | None) -> str:
+    return _digest(key if key is not None else f"{url or ''}\n{text}").hex()
 
 
 _WANTED = ("text", "url", "hash", "width", "height")
@@ -210,24 +241,24 @@ def _filter(batch: pa.Table, filters: Filters, dropped: Counter[str]) -> pa.Tabl
     return batch
 
 
-def _batches(files: list[Path], settings: Prompts) -> Iterator[pa.Table]:
+def _batches(files: list[Place], settings: Prompts) -> Iterator[pa.Table]:
     """Batches of every file under our own column names; a column that isn't there and isn't needed is null."""
     for file in files:
         try:
-            with pq.ParquetFile(file, buffer_size=1 << 20) as opened:
-                columns = _resolve(file, opened.schema_arrow.names, settings.columns, settings.filters)
+            with opened(file) as source:
+                columns = _resolve(file, source.schema_arrow.names, settings.columns, settings.filters)
                 wanted = list(dict.fromkeys(columns.values()))
-                for group in range(opened.num_row_groups):
-                    rows = _batch_size(file, opened, group, wanted)
-                    for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted):
+                for group in range(source.num_row_groups):
+                    rows = _batch_size(file, source, group, wanted)
+                    for batch in source.iter_batches(rows, row_groups=[group], columns=wanted):
                         yield _renamed(file, batch, columns)
         except (pa.ArrowException, OSError) as error:
             raise HiresError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from None
 
 
-def _batch_size(file: Path, opened: pq.ParquetFile, group: int, columns: list[str]) -> int:
+def _batch_size(file: Place, source: pq.ParquetFile, group: int, columns: list[str]) -> int:
     """Rows of a row group that can be decoded at once: the largest entry of a dictionary may stand in each of them."""
-    chunks = [opened.metadata.row_group(group).column(i) for i in range(opened.metadata.num_columns)]
+    chunks = [source.metadata.row_group(group).column(i) for i in range(source.metadata.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema in columns]
     unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked > UNPACKED:
@@ -236,14 +267,14 @@ def _batch_size(file: Path, opened: pq.ParquetFile, group: int, columns: list[st
             "smaller row groups"
         )
     texts = [chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
-    with pq.ParquetFile(file, buffer_size=1 << 20, read_dictionary=texts) as encoded:
+    with opened(file, read_dictionary=texts) as encoded:
         first = next(encoded.iter_batches(1, row_groups=[group], columns=texts), None)
     entries = [column.dictionary for column in first.columns] if first else []
     longest = max((pc.max(pc.binary_length(entry)).as_py() or 0 for entry in entries), default=0)
     return max(1, min(BATCH, BUDGET // max(longest, 1)))
 
 
-def _renamed(file: Path, batch: pa.RecordBatch, columns: dict[str, str]) -> pa.Table:
+def _renamed(file: Place, batch: pa.RecordBatch, columns: dict[str, str]) -> pa.Table:
     out = {}
     for name in dict.fromkeys((*_WANTED, *columns)):
         kind = _NUMBERS.get(name, pa.string())
@@ -270,7 +301,7 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
     return column
 
 
-def _resolve(file: Path, names: list[str], columns: Columns, filters: Filters) -> dict[str, str]:
+def _resolve(file: Place, names: list[str], columns: Columns, filters: Filters) -> dict[str, str]:
     """Our name -> the file's; names of LAION's subsets differ in case."""
     needed = {"text": "the prompt"} | ({"url": "the image's address"} if columns.url else {})
     for name in _active(filters):

@@ -114,14 +114,14 @@ def items(
 
     `file`: path from (prompt id, seed). `depends`: what shapes each file beside prompt and seed.
     """
-    prompts = drawn(config)
+    rows = layout.shard_rows(config, n, shard)  # a replayed list may have lost the last ones
 
     def key(prompt: Prompt, seed: int) -> str:
         return digest({"prompt": prompt.prompt, "seed": seed, **depends})
 
     return [
         Item(prompt, seed, file(prompt.id, seed), key(prompt, seed), VERSIONS[stage])
-        for prompt in (prompts[index] for index in layout.shard_rows(config, n, shard))
+        for prompt in drawn(config)[rows.start : rows.stop]
         for seed in seeds
     ]
 
