@@ -36,6 +36,7 @@ from hires.metrics.pixels import View, band_powers, crop_boxes
 from hires.metrics.scores import ROW, ceiling, frame
 from hires.models import build_clip
 from hires.scenes import WHOLE, caption, reference_image, scene, scene_ids
+from hires.tables import scores as scores_table
 
 N = 12
 
@@ -519,6 +520,15 @@ def test_long_prompts_are_cut_and_counted(clip, network):
     assert torch.equal(features.tensors["clip_text"][1], features.tensors["clip_text"][2])
     rows = frame(score(features, features, settings(scores=["clip"]), per_image(features, ["clip"])))
     assert f"2 of 3 prompts cut at {clip.length} tokens" in rows["protocol"][0]
+
+
+def test_tables_say_how_many_references_survive(references, blurred):
+    asked = settings(scores=["fid", "clip"])
+    place = {"study": "main", "setting": "default", "trial": "all", "backbone": "b", "variant": "npa"}
+    for kept, told in ((range(N), str(N)), (range(3, N), f"{N} ({N - 3} references)")):
+        found = score(blurred, references.take(kept), asked, per_image(blurred, asked.scores))
+        shown = scores_table(frame(found, **place, height=160, width=192))
+        assert shown["n"].tolist() == [told]
 
 
 def test_real_prompts_have_no_counts(pictures, prompts, network, clip):

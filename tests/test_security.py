@@ -30,7 +30,8 @@ from hires.backbones.loading import check_folder, load
 from hires.cli import main
 from hires.config import Prompts, load_config
 from hires.errors import LONGEST, HiresError, redacted
-from hires.prompts import draw_prompts, read_prompts
+from hires.pictures import Missing, contents
+from hires.prompts import Prompt, draw_prompts, read_prompts
 from hires.results import Results
 from hires.stages import references
 from hires.storage import write_bytes
@@ -619,6 +620,12 @@ def test_redirects_and_endless_answers_are_given_up(web, monkeypatch):
 
 def test_what_is_no_picture_is_no_reference(web):
     port, _ = web
-    assert references.reference(f"http://127.0.0.1:{port}/text", 16, 16, private=True) is None
-    assert references.reference(f"http://127.0.0.1:{port}/a.png", 16, 16, private=True).size == (16, 16)
-    assert references.reference(f"http://127.0.0.1:{port}/a.png", 16, 16) is None
+
+    def made(name, private):
+        prompt = Prompt(0, "00", "a picture", f"http://127.0.0.1:{port}/{name}", None, None, None)
+        return references.reference(prompt, 16, 16, contents(None, private))[0]
+
+    assert made("a.png", private=True).size == (16, 16)
+    for name, private in (("text", True), ("a.png", False)):
+        with pytest.raises(Missing):
+            made(name, private)

@@ -1,5 +1,6 @@
 """Stages base, images, references, notebook, provenance and run: on a tiny untrained FLUX, 128² to 256²."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from functools import partial
@@ -17,19 +19,23 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import hires
 from hires import layout, provenance, shards
 from hires.cli import main
-from hires.config import load_config
+from hires.config import Config, load_config
 from hires.errors import HiresError
 from hires.metrics import load_clip, load_features
 from hires.models import HINTS, build_clip, build_pipeline
-from hires.prompts import read_prompts
+from hires.pictures import Missing
+from hires.pictures import contents as contents_of
+from hires.prompts import Prompt, read_prompts
 from hires.scenes import reference_image, scene_of_url
 from hires.stages import base, images, models, notebook, prompts, references
 from hires.storage import read_json, sha256, write_json
@@ -381,13 +387,82 @@ def test_photographs_are_cut_around_their_centre(server):
     pixels[:, 20:80] = (200, 100, 50)
     Image.fromarray(pixels).save(folder / "wide.png")
     (folder / "page.html").write_text("no image")
-    found = references.reference(f"{address}/wide.png", 30, 30, private=True)
+    web = contents_of(None, private=True)
+
+    def made(name, height, width, read=web):
+        prompt = Prompt(0, "00", "a picture", f"{address}/{name}", None, None, None)
+        return references.reference(prompt, height, width, read)
+
+    found, origin = made("wide.png", 30, 30)
+    assert origin == {"source_sha256": sha256(folder / "wide.png")}
     assert found.size == (30, 30)
     assert np.abs(np.asarray(found)[:, 2:-2].astype(int) - (200, 100, 50)).max() <= 1
-    assert references.reference(f"{address}/wide.png", 20, 40, private=True).size == (40, 20)
-    assert references.reference(f"{address}/gone.png", 30, 30, private=True) is None
-    assert references.reference(f"{address}/page.html", 30, 30, private=True) is None
-    assert references.reference("no address", 30, 30) is None
+    assert made("wide.png", 20, 40)[0].size == (40, 20)
+    for name, why in (("gone.png", "no answer"), ("page.html", "no image"), ("\0", "no answer")):
+        with pytest.raises(Missing, match=why):
+            made(name, 30, 30)
+    with pytest.raises(Missing, match="no answer"):  # of the local network
+        made("wide.png", 30, 30, contents_of(None))
+
+
+def img2dataset(folder, prompts, files, archive):
+    """The output of img2dataset 1.47 for prompts.parquet with --save_additional_columns '["id"]', one shard."""
+    folder.mkdir()
+    rows = []
+    for number, prompt in enumerate(prompts):
+        content = files.get(prompt.id)
+        failure = (None, "failed_to_download", "HTTP Error 404: Not Found")
+        row = ("0" * 64, "success", None) if content else failure
+        place = {"id": prompt.id, "caption": prompt.prompt, "url": prompt.url, "key": f"{number:09}"}
+        rows.append(place | dict(zip(("sha256", "status", "error_message"), row)))
+        if content:
+            for suffix, data in (("jpg", content), ("txt", prompt.prompt.encode()), ("json", b"{}")):
+                path = folder / "00000" / f"{number:09}.{suffix}"
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(data)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
+    if archive:
+        with tarfile.open(folder / "00000.tar", "w") as tar:
+            for path in sorted((folder / "00000").iterdir()):
+                tar.add(path, path.name)
+        shutil.rmtree(folder / "00000")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_references_are_taken_from_what_img2dataset_wrote(tmp_path, monkeypatch, archive, capsys):
+    monkeypatch.chdir(tmp_path)
+    table = {"URL": [f"http://127.0.0.1:9/{i}" for i in range(4)], "TEXT": [f"number {i}" for i in range(4)]}
+    pq.write_table(pa.table(table), "laion.parquet")
+    backbone = {"model": "tiny-flux", "base_resolution": 128, "size_multiple": 32}
+    study = {"backbones": ["f"], "variants": ["npa-direct"], "sizes": {"64x64": 4}}
+    entry = {"n": 4, "source": "laion.parquet", "pictures": "fetched"}
+    scores = {"scores": ["fid"]}  # no crops
+    data = {"name": "t", "prompts": entry, "backbones": {"f": backbone}, "studies": {"s": study}, "metrics": scores}
+    config = Config.model_validate(data)
+    prompts.run(config)
+    listed = read_prompts(layout.prompts(config))
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    img2dataset(tmp_path / "fetched", listed, {listed[0].id: picture.getvalue(), listed[2].id: b"no image"}, archive)
+    references.run(config, 64, 64)
+    manifest = read_json(layout.reference_manifest(config, 64, 64))
+    (image,) = manifest["images"]
+    assert image["id"] == listed[0].id and image["source_sha256"] == hashlib.sha256(picture.getvalue()).hexdigest()
+    gone = "failed_to_download: HTTP Error 404: Not Found"
+    assert manifest["reasons"] == {listed[1].id: gone, listed[2].id: "no image, or a broken one", listed[3].id: gone}
+    assert manifest["missing"] == [prompt.id for prompt in listed[1:]]
+    assert "references 64x64: 1 of 4 survive" in capsys.readouterr().err
+    expected = ImageOps.fit(Image.fromarray(pixels), (64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(Image.open(layout.reference(config, 64, 64, listed[0].id))), np.asarray(expected))
+
+
+def test_a_folder_that_img2dataset_did_not_write(tmp_path):
+    with pytest.raises(HiresError, match=r"holds no \*\.parquet"):
+        contents_of(str(tmp_path))
+    pq.write_table(pa.table({"url": ["x"], "status": ["success"], "key": ["0"]}), tmp_path / "00000.parquet")
+    with pytest.raises(HiresError, match="--save_additional_columns"):
+        contents_of(str(tmp_path))
 
 
 # notebook

@@ -139,7 +139,7 @@ def _packages() -> Iterator[Check]:
 
 USES = {
     "workflow": "Snakemake, and the notebooks of a reproduction",
-    "paper": "Inception scores and LAION's images",
+    "paper": "Inception scores",
     "train": "the optimiser of Scale-DiT's paper",
     "dev": "tests and linters",
 }

@@ -95,10 +95,11 @@ class Measured(Part):
     """What making one file took.
 
     seconds: this file's share of its batch. peak_bytes: of the whole batch. savings: what memory that ran out made
-    necessary.
+    necessary. source_sha256: of the picture that a reference was cut from.
     """
 
     sha256: str
+    source_sha256: str | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
     batch: int | None = None
@@ -128,7 +129,10 @@ class Entry(Measured):
 
 
 class Manifest(Part):
-    """shard-*.json, references/<H>x<W>/manifest.json. version: of the stage. missing: references without an image."""
+    """shard-*.json, references/<H>x<W>/manifest.json.
+
+    version: of the stage. missing: references without an image; reasons: why.
+    """
 
     version: int
     study: str | None = None
@@ -141,6 +145,7 @@ class Manifest(Part):
     images: list[Entry] = []
     latents: list[Entry] = []
     missing: list[str] = []
+    reasons: dict[str, str] = {}
     provenance: list[Origin]
 
 

@@ -122,13 +122,13 @@ def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Data
     """The tidy table as people read it: one row per backbone, size and variant, one column per metric.
 
     A cell is `value [low, high]`, with † where the number of images is too small for the score; a score that does not
-    exist is a dash.
+    exist is a dash. n also says how many reference images survive, where not all do.
     """
     names = [name for name in metrics_of(metrics) if names is None or name in names]
     digits = {name: _decimals(metrics[metrics["metric"] == name], metric(name).scale) for name in names}
     rows = []
     for backbone, size, variant, group in _groups(metrics):
-        row = {"backbone": backbone, "size": size, "variant": variant, "n": _range(group["n"])}
+        row = {"backbone": backbone, "size": size, "variant": variant, "n": _amount(group)}
         for name in names:
             cell = group[group["metric"] == name]
             row[metric(name).title] = _cell(cell.iloc[0], metric(name).scale, digits[name]) if len(cell) else "–"
@@ -341,6 +341,13 @@ def _decimals(rows: pd.DataFrame, scale: float) -> int:
     widths = rows["high"] - rows["low"]
     widths = widths[widths > 0]
     return _digits(scale * (widths.median() if len(widths) else rows["value"].abs().median() / 10))
+
+
+def _amount(rows: pd.DataFrame) -> str:
+    """n, and how many reference images are left where some prompts lost theirs."""
+    counts = rows["protocol"].str.extract(r"against (\d+) images.* resamples of (\d+) prompts").dropna().astype(int)
+    lost = counts.loc[counts[0] < counts[1], 0]
+    return _range(rows["n"]) + (f" ({_range(lost)} references)" if len(lost) else "")
 
 
 def _range(values: pd.Series) -> str:

@@ -1,16 +1,19 @@
 """Stage: reference images of one size, which the scores compare with."""
 
 import io
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from hires import layout, provenance, shards
 from hires.config import Config
-from hires.download import fetch
 from hires.errors import HiresError, redacted, unknown
+from hires.pictures import Contents, Missing, contents
+from hires.prompts import Prompt
 from hires.shards import Item
 from hires.stages import VERSIONS
 from hires.stages.images import encode
@@ -26,9 +29,10 @@ DOWNLOADS = 8  # at a time
 def run(config: Config, height: int, width: int) -> None:
     """Make the reference image of every prompt at one size (pixels); finished ones are kept.
 
-    A scene is rendered at that size. A web address is downloaded, cut around the centre to the aspect ratio and
-    resized (Lanczos); addresses that no longer answer are listed as `missing` in the manifest, and tried again by the
-    next run. Declared output: `layout.reference_manifest`.
+    A scene is rendered at that size. A picture is downloaded, or taken from `prompts.pictures`, cut around the centre
+    to the aspect ratio and resized (Lanczos). Prompts without one are listed as `missing` in the manifest, with why,
+    and tried again by the next run: scores that compare with references leave them out, images are made all the same.
+    Declared output: `layout.reference_manifest`.
     """
     amounts = {(h, w): n for h, w, n in layout.references(config)}
     if (height, width) not in amounts:
@@ -46,50 +50,55 @@ def run(config: Config, height: int, width: int) -> None:
     ]
     todo = shards.unfinished(items)
     with shards.told(f"references {height}x{width}", len(items)) as made:
-        made.append(sum(_make(config, todo, height, width)))
+        reasons = _make(config, todo, height, width)
+        made.append(len(todo) - len(reasons))
         there = [item for item in items if item.finished()]
         if not there:
             raise HiresError(
-                f"none of the {len(items)} addresses of the prompts gave an image: is the network there? Your own "
-                "server is asked with prompts.private_addresses = true"
+                f"none of the {len(items)} prompts has a picture ({reasons[items[0].prompt.id]}): is the network "
+                "there? Your own server is asked with prompts.private_addresses = true"
             )
         head["missing"] = [item.prompt.id for item in items if item not in there]
+        if reasons:
+            head["reasons"] = reasons
+            print(f"references {height}x{width}: {len(there)} of {len(items)} survive", file=sys.stderr)
         shards.write_manifest(layout.reference_manifest(config, height, width), head, "images", there)
 
 
-def _make(config: Config, items: Sequence[Item], height: int, width: int) -> list[bool]:
-    """Whether each item could be made."""
+def _make(config: Config, items: Sequence[Item], height: int, width: int) -> dict[str, str]:
+    """Make what can be made; id -> why of what can't."""
     origin = provenance.record(config)
+    read = contents(config.prompts.pictures, config.prompts.private_addresses)
 
-    def make(item: Item) -> bool:
-        url = item.prompt.url or ""
-        picture = reference(url, height, width, config.prompts.private_addresses)
-        if picture is None:
-            return False
-        item.finish(encode(picture, "png", {"url": redacted(url)}), provenance=origin)
-        return True
+    def make(item: Item) -> str | None:
+        try:
+            picture, origins = reference(item.prompt, height, width, read)
+        except Missing as missing:
+            return redacted(str(missing))
+        item.finish(encode(picture, "png", {"url": redacted(item.prompt.url or "")}), provenance=origin, **origins)
+        return None
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        return list(tqdm(pool.map(make, items), total=len(items), desc="references", unit="image", disable=None))
+        reasons = list(tqdm(pool.map(make, items), total=len(items), desc="references", unit="image", disable=None))
+    return {item.prompt.id: reason for item, reason in zip(items, reasons) if reason is not None}
 
 
-def reference(url: str, height: int, width: int, private: bool = False) -> "Image.Image | None":
-    """The image at `scene://<id>`, or at a web address, at height × width pixels; None where nothing answers.
+def reference(prompt: Prompt, height: int, width: int, read: Contents) -> tuple["Image.Image", dict[str, str]]:
+    """The image of a prompt at height × width pixels: its scene, or its picture, cut around the centre.
 
-    `private`: as of `hires.download.fetch`.
+    Beside it what tells the picture's file from every other; nothing for a scene. Raises `Missing`.
     """
-    if url.startswith("scene:"):
+    if (prompt.url or "").startswith("scene:"):
         from hires.scenes import reference_image, view_of_url
 
-        scene_id, camera = view_of_url(url)
-        return reference_image(scene_id, height, width, camera)
+        scene_id, camera = view_of_url(prompt.url or "")
+        return reference_image(scene_id, height, width, camera), {}
     from PIL import Image, ImageOps
 
-    content = fetch(url, private)
-    if content is None:
-        return None
+    content = read(prompt)
     try:
-        picture = read_picture(io.BytesIO(content), url)
-    except HiresError:  # no image
-        return None
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+        picture = read_picture(io.BytesIO(content), prompt.url)
+    except HiresError:
+        raise Missing("no image, or a broken one") from None
+    made = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return made, {"source_sha256": sha256(content).hexdigest()}
