@@ -1,15 +1,16 @@
-"""LoRA files of FLUX: written as diffusers names them, read in every naming that diffusers converts."""
+"""LoRA files of FLUX and SDXL: written as diffusers names them, read in every naming that diffusers converts."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hires.adapters import adapter_states, restore_adapters
+from hires.adapters import adapter_states, restore_adapters, switch_adapter
 from hires.errors import HiresError
 from hires.storage import replacing
 
@@ -38,7 +39,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def load_lora(pipe: Any, source: Path, name: str) -> None:
-    """Load a LoRA into the transformer of a FluxPipeline as the adapter `name`; those on it stay as they are.
+    """Load a LoRA into a pipeline of FLUX or SDXL as the adapter `name`, switched off; those on it stay as they are.
 
     Args:
         source: a safetensors file, or a folder with pytorch_lora_weights.safetensors; in the naming of diffusers and
@@ -50,38 +51,52 @@ def load_lora(pipe: Any, source: Path, name: str) -> None:
     file = source / WEIGHTS if source.is_dir() else source
     if not file.is_file():
         raise HiresError(f"LoRA {source}: there is no {WEIGHTS if source.is_dir() else 'such file'}")
+    part, model = ("unet", pipe.unet) if hasattr(pipe, "unet") else ("transformer", pipe.transformer)
+    options = {"unet_config": model.config} if part == "unet" else {}
     try:
-        weights = pipe.lora_state_dict(load_file(file))
+        found = pipe.lora_state_dict(load_file(file), **options)
     except SafetensorError:
         raise HiresError(f"LoRA {file} is cut short or no safetensors file: fetch it again") from None
     except (ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160] or "its sizes differ from FLUX.1's"
+        reason = " ".join(str(error).split())[:160] or "its sizes differ from those of the model"
         raise HiresError(f"LoRA {file}: diffusers cannot convert it: {reason}") from None
-    check_lora(pipe.transformer, weights, str(file))
-    before = adapter_states(pipe.transformer)
+    weights = convert_unet_state_dict_to_peft(found[0]) if part == "unet" else found
+    check_lora(model, weights, str(file), part)
+    before = adapter_states(model)
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    switch_adapter(model, name, on=False)
     restore_adapters(before)  # peft would leave the newest one on alone
 
 
-def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """HiresError unless every matrix of a LoRA in diffusers' naming belongs to a layer of `model` and fits it.
+def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str, part: str = "transformer") -> None:
+    """HiresError unless every matrix of a LoRA in peft's naming belongs to a layer of `model` and fits it.
 
-    diffusers itself would pass over a block that the model lacks.
+    diffusers itself would pass over a block that the model lacks. What is for text encoders is left to it.
     """
     layers = {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, nn.Conv2d))
     }
     for key, weight in weights.items():
-        name, _, matrix = key.removeprefix("transformer.").partition(".lora_")
+        if key.startswith("text_encoder"):
+            continue
+        name, _, matrix = key.removeprefix(f"{part}.").partition(".lora_")
         if matrix not in ("A.weight", "B.weight"):
             raise HiresError(f"LoRA {source}: its {key!r} is no LoRA matrix in a naming that diffusers knows")
-        if not key.startswith("transformer.") or name not in layers:
+        if not key.startswith(f"{part}.") or name not in layers:
             raise HiresError(f"LoRA {source} is of another architecture: this model has no layer {name!r}")
         layer, reads = layers[name], matrix.startswith("A")
-        if weight.ndim != 2:
+        if weight.ndim != layer.weight.ndim:
             raise HiresError(f"LoRA {source}: its {key!r} is no matrix, but of shape {tuple(weight.shape)}")
-        given, wanted = (weight.shape[1], layer.in_features) if reads else (weight.shape[0], layer.out_features)
+        given, wanted = (weight.shape[1], _reads(layer)) if reads else (weight.shape[0], _writes(layer))
         if given != wanted:
             raise HiresError(f"LoRA {source} is of another architecture: {name} is {wanted} wide here, {given} there")
+
+
+def _reads(layer: Any) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def _writes(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

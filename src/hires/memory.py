@@ -161,22 +161,15 @@ def prepared(load: Load, device: str, adapter: bool) -> "Backbone":
     import torch
 
     from hires.backbones import load as load_model
+    from hires.offload import offload_parts
 
     backbone = load_model(load.model, device, load.dtype, weights="random")
     if adapter:
         _add_adapter(backbone)
-    vae = backbone.pipe.vae
-    if load.offload == "group" and vae.dtype == torch.float16 and vae.config.force_upcast:
-        vae.to(torch.float32)  # here: what streams bring to the GPU is a copy that is taken now
     if load.fp8:
         backbone.model.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=getattr(torch, load.dtype))
-    if load.offload == "model":
-        backbone.pipe.enable_model_cpu_offload(device=device)
-    elif load.offload == "group":
-        backbone.pipe.to("cpu")
-        backbone.pipe.enable_group_offload(
-            torch.device(device), offload_type="leaf_level", use_stream=device.startswith("cuda")
-        )
+    if load.offload != "none":
+        offload_parts(backbone.pipe, load.offload, torch.device(device))
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

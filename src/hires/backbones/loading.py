@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
 from hires.hub import download_pipeline
 from hires.models import ASSETS, HINTS, build_pipeline
+from hires.offload import check_offload, offload_parts
 from hires.oom import exhausted
 from hires.untrusted import member, parse_json, read_hints, read_table
 
@@ -31,6 +32,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     weights: Literal["pretrained", "random"] = "pretrained",
+    offload: str | None = None,
+    prepare: Callable[[Backbone], Backbone] | None = None,
 ) -> Backbone:
     """Load a model.
 
@@ -41,6 +44,8 @@ def load(
         dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA float16 for SDXL and bfloat16
             for the others, float32 elsewhere and for the tiny models.
         weights: "random" draws weights for the same architecture, from a fixed seed: enough to measure time and memory.
+        offload: a kind of `hires.offload`, by which parts wait in main memory until they run on the device.
+        prepare: what to add to the model before it goes to the device, for example `hires.additions.Additions.add`.
 
     Raises:
         HiresError: an unknown name or device, a folder without model_index.json, a missing or truncated file, a
@@ -54,20 +59,31 @@ def load(
     if weights not in ("pretrained", "random"):
         raise unknown("weights", weights, ("pretrained", "random"))
     name = str(name_or_folder)
+    if offload:
+        check_offload(offload, device)
     with _quiet():
-        if weights == "random":
-            return _random(name, device, dtype)
-        folder = _folder(name)
-        family = check_folder(folder)
-        dtype = dtype or _default_dtype(family, device, folder)
-        try:
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:  # parts that are whole but don't belong together
-            if exhausted(error):
-                raise
-            raise HiresError(f"{folder}: diffusers cannot load it: {str(error).splitlines()[0]}") from error
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
+        backbone = _random(name, device, dtype) if weights == "random" else _pretrained(name, device, dtype)
+        if prepare:
+            backbone = prepare(backbone)
+        if offload:
+            offload_parts(backbone.pipe, offload, device)
+        else:
+            backbone.pipe.to(device)
+    backbone.pipe.set_progress_bar_config(disable=True)
+    return backbone
+
+
+def _pretrained(name: str, device: torch.device, dtype: torch.dtype | None) -> Backbone:
+    """Trained weights in the dtype for the device, still in main memory."""
+    folder = _folder(name)
+    family = check_folder(folder)
+    dtype = dtype or _default_dtype(family, device, folder)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:  # parts that are whole but don't belong together
+        if exhausted(error):
+            raise
+        raise HiresError(f"{folder}: diffusers cannot load it: {str(error).splitlines()[0]}") from error
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
 
 
@@ -237,7 +253,6 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
     if name in HINTS:
         pipe: Any = build_pipeline(name)
         pipe.to(device, dtype or torch.float32)
-        pipe.set_progress_bar_config(disable=True)
         return Backbone.from_pipeline(pipe, name, HINTS[name], "random")
     folder = CONFIGS / name if name in PRESETS else Path(name).expanduser()
     if not folder.is_dir():
@@ -253,7 +268,6 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
         }
     options = {key: value for key, value in index.items() if not key.startswith("_") and key not in parts}
     pipe = family.pipeline_class(**parts, **options)
-    pipe.set_progress_bar_config(disable=True)
     return Backbone.from_pipeline(pipe, name, read_hints(folder), "random")
 
 
