@@ -6,6 +6,7 @@ head_dim), grids row-major.
 """
 
 from hires_kernels.backends import BACKENDS, Problem, explain
+from hires_kernels.band import band_attention, seen_rows
 from hires_kernels.errors import KernelError
 from hires_kernels.library import register_flop_formulas
 from hires_kernels.operations import local_attention, neighborhood_patch_attention, qk_norm_rope
@@ -18,10 +19,12 @@ __all__ = [
     "Problem",
     "Ran",
     "apply_rope",
+    "band_attention",
     "explain",
     "local_attention",
     "neighborhood_patch_attention",
     "qk_norm_rope",
     "register_flop_formulas",
+    "seen_rows",
     "watch",
 ]

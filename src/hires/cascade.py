@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 
 from hires.adapters import SCALE_DIT, adapter_switched
 from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
+from hires.attention.bands import divided
 from hires.attention.layers import scaled
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
@@ -164,7 +165,9 @@ def _check_stages(
     for size in sizes:
         for model in (backbone.model, *backbone.controlnets):
             with use_attention(model, variant.attention, size, base_size, **options):
-                pass
+                if model is backbone.model:
+                    with divided(model, variant, sampling, size, base_size, bool(backbone.controlnets)):
+                        pass
         for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
             if used:
                 low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
@@ -212,6 +215,7 @@ def _denoise(
             handles.append(
                 contexts.enter_context(use_attention(model, variant.attention, canvas, base_size, **options))
             )
+        contexts.enter_context(divided(backbone.model, variant, sampling, canvas, base_size, control is not None))
         for step in range(first, schedule.num_inference_steps):
             for handle in handles:
                 handle.step = step - first

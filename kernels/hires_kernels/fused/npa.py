@@ -305,11 +305,14 @@ def neighborhood_patch_attention(
     shift: Tensor | None,
     text_rows: str,
     scale: float,
+    rows: tuple[int, int] | None = None,
     run: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As the operation of this name, which has checked the input; `scale` must be positive.
 
-    `run` computes the image rows and the text rows of the patches: `attend`, or one that does the same.
+    With `rows` only the patches that tile these rows of the grid are run (`hires_kernels.band`): other rows of the
+    output are not written, and the text rows are the mean over these patches. `run` computes the image rows and the
+    text rows of the patches: `attend`, or one that does the same.
     """
     run = run or attend
     if scale <= 0:
@@ -318,6 +321,10 @@ def neighborhood_patch_attention(
     image = new_like(query)
     shift = None if shift is None else shift.to(query.device, torch.int32)
     patches = Patches(grid, window, count(grid, window, shift), shift)
+    if rows is not None:  # the grid of patches, moved down
+        down = query.new_zeros(len(query), 2, dtype=torch.int32)
+        down[:, 0] = -rows[0]
+        patches = Patches(grid, window, (ceil((rows[1] - rows[0]) / (window[0] // 2)), patches.count[1]), down)
     if text is None or text[0].shape[1] == 0:
         run((query, key, value), None, patches, scale, output=image)
         return image, None if text is None else new_like(text[0])

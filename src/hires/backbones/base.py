@@ -16,6 +16,7 @@ from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.extras import NO_EXTRAS, Control, Extras, controlnets
+from hires.parallel import shared_tiles
 from hires.settings import Sampling
 from hires.untrusted import read_hints
 
@@ -317,7 +318,8 @@ class Backbone(ABC):
         if upcast:
             vae.to(torch.float32)
         try:
-            yield vae
+            with shared_tiles(vae, x.shape[2:], factor):
+                yield vae
         finally:
             vae.use_tiling = was_tiled
             if upcast:

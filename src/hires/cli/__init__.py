@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         module.add_arguments(sub)
-        return module.run(sub.parse_args(argv[1:])) or 0
+        return module.run(sub.parse_args(argv[1:], argparse.Namespace(argv=argv))) or 0
     except HiresError as error:
         print(f"hires {argv[0]}: {error}", file=sys.stderr)
         return 2

@@ -31,11 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write")
     parser.add_argument("--all-stages", action="store_true", help="also write every stage, as <out>-<stage>.png")
     parser.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="GPUs of this machine that share one image (FLUX.1 with npa; default: 1)"
+    )
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: by model and device")
     parser.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     from PIL import PngImagePlugin
 
     from hires.settings import Sampling
@@ -55,30 +58,39 @@ def run(args: argparse.Namespace) -> None:
         image = read_picture(args.image, f"--image {args.image}")
         picture = {"file": args.image.name, "sha256": sha256(args.image)}
 
-    from hires.backbones import load  # seconds to import: not for an argument that is wrong anyway
+    from hires import parallel
+
+    if args.gpus < 1:
+        raise HiresError(f"--gpus {args.gpus}: must be at least 1")
+    if args.gpus > 1 and not parallel.launched():
+        return parallel.launch(args.gpus, args.argv)
+
+    from hires.backbones import Backbone, load  # seconds to import: not for an argument that is wrong anyway
     from hires.cascade import Stage, decode
     from hires.generation import record
     from hires.generation import run as stages
 
-    backbone = load(args.model, args.device, args.dtype, args.weights)
-
-    def save(stage: Stage, path: Path) -> None:
+    def save(backbone: Backbone, stage: Stage, path: Path) -> None:
         info = PngImagePlugin.PngInfo()
         parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength, picture)
         info.add_text("parameters", json.dumps(parameters))
-        with replacing(path) as temporary:
-            decode(backbone, stage, sampling.vae_tiling)[0].save(temporary, "PNG", pnginfo=info)
+        made = decode(backbone, stage, sampling.vae_tiling)[0]
+        if parallel.first():
+            with replacing(path) as temporary:
+                made.save(temporary, "PNG", pnginfo=info)
 
-    with ProgressBar() as progress:
+    with parallel.joined(args.device) as device, ProgressBar() as progress:
+        backbone = load(args.model, device, args.dtype, args.weights)
         stage = None
         for stage in stages(
             backbone, [args.prompt], [args.seed], chosen, height, width, sampling, image, args.strength, progress.update
         ):
             if args.all_stages:
-                save(stage, args.out.with_stem(f"{args.out.stem}-{stage.name}"))
-    assert stage is not None
-    save(stage, args.out)
+                save(backbone, stage, args.out.with_stem(f"{args.out.stem}-{stage.name}"))
+        assert stage is not None
+        save(backbone, stage, args.out)
     print(args.out)
+    return None
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:
