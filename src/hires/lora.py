@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hires.adapters import adapter_states, restore_adapters, switch_adapter
+from hires.adapters import adapter_states, restore_adapters
 from hires.errors import HiresError
 from hires.storage import replacing
 
@@ -39,7 +39,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def load_lora(pipe: Any, source: Path, name: str) -> None:
-    """Load a LoRA into a pipeline of FLUX or SDXL as the adapter `name`, switched off; those on it stay as they are.
+    """Load a LoRA into a pipeline of FLUX or SDXL as the adapter `name`; those on it stay as they are.
 
     Args:
         source: a safetensors file, or a folder with pytorch_lora_weights.safetensors; in the naming of diffusers and
@@ -64,7 +64,6 @@ def load_lora(pipe: Any, source: Path, name: str) -> None:
     check_lora(model, weights, str(file), part)
     before = adapter_states(model)
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    switch_adapter(model, name, on=False)
     restore_adapters(before)  # peft would leave the newest one on alone
 
 
