@@ -55,7 +55,11 @@ class Sampling(BaseModel):
         None, description="SG weight over the schedule"
     )
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
-    dwt_steps: int = Field(5, ge=0, description="DiffuseHigh: first steps of a stage that are guided")
+    dwt_steps: int | None = Field(
+        None,
+        ge=0,
+        description="DiffuseHigh: first steps of a stage that are guided; default: a third (theirs: 5 of 15)",
+    )
     text_rows: Literal["patch", "global"] = Field("patch", description="how text queries see the image under NPA")
     window_scale: float = Field(1.0, gt=0, description="NPA: side of the windows over that of the base's token grid")
     window_overlap: float = Field(0.5, ge=0, lt=1, description="NPA: share that neighbouring windows overlap")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hires import layout
 from hires.config import BackboneEntry, Config, ImageSet
+from hires.methods.diffusehigh import guided_steps
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
@@ -87,7 +88,7 @@ def _image_row(config: Config, images: ImageSet) -> Row:
                 view = entry.base_resolution
                 count = len(views((height // 8, width // 8), (view // 8, view // 8), sampling.view_overlap))
                 step = count * VIEW[entry.model]
-            guided = min(sampling.dwt_steps, steps or 0) if variant.dwt else 0
+            guided = guided_steps(sampling, steps or 0) if variant.dwt else 0
             seconds += (steps or 0) * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
             before = (height, width)
     flop = None
