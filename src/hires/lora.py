@@ -55,15 +55,20 @@ def load_lora(pipe: Any, source: Path, name: str) -> None:
     options = {"unet_config": model.config} if part == "unet" else {}
     try:
         found = pipe.lora_state_dict(load_file(file), **options)
+        weights = convert_unet_state_dict_to_peft(found[0]) if part == "unet" else found
     except SafetensorError:
         raise HiresError(f"LoRA {file} is cut short or no safetensors file: fetch it again") from None
-    except (ValueError, AssertionError) as error:
+    except Exception as error:  # diffusers' converters take a well-formed file for granted
         reason = " ".join(str(error).split())[:160] or "its sizes differ from those of the model"
         raise HiresError(f"LoRA {file}: diffusers cannot convert it: {reason}") from None
-    weights = convert_unet_state_dict_to_peft(found[0]) if part == "unet" else found
     check_lora(model, weights, str(file), part)
     before = adapter_states(model)
-    pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    except Exception as error:  # metadata that is none
+        if name in getattr(model, "peft_config", {}):
+            pipe.delete_adapters(name)
+        raise HiresError(f"LoRA {file}: diffusers cannot load it: {' '.join(str(error).split())[:160]}") from None
     restore_adapters(before)  # peft would leave the newest one on alone
 
 

@@ -155,6 +155,11 @@ def _match(
 def _completed(record: Mapping[str, Any], config: Config | None) -> tuple[dict[str, Any], dict[str, str]]:
     """A record of the images stage with what its configuration says beside it, and where adapters lie."""
     _match(record, (*PLACE, "variant", "sampling", "model"), "", None, {*PLACE, *KNOWN})
+    for name in ("study", "backbone", "variant", "model"):
+        if not isinstance(record[name], str):
+            raise HiresError(f"the record's {name} = {record[name]!r}: must be a name")
+    if not isinstance(record["sampling"], Mapping):
+        raise HiresError(f"the record's sampling = {record['sampling']!r}: must be a table of settings")
     if config is None:
         raise HiresError(
             f"the image was made by a configuration, as study {record['study']!r}, backbone {record['backbone']!r}: "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from hires import parquet
 from hires.errors import HiresError
@@ -22,6 +23,24 @@ SET = ["study", "setting", "backbone", "variant", "height", "width"]
 # what is read of the tables; those that another version wrote may have more
 METRICS = [*SET, "trial", "metric", "value", "low", "high", "n", "flag", "protocol"]
 PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]
+
+
+class _Image(BaseModel):
+    id: str
+    seed: int
+    file: str
+
+
+class _Shard(BaseModel):
+    """What is read of a manifest."""
+
+    study: str
+    setting: str
+    backbone: str
+    variant: str
+    height: int
+    width: int
+    images: list[_Image]
 
 
 def repository_root(start: Path | None = None) -> Path:
@@ -97,10 +116,14 @@ class Results:
         """One row per stored image: the columns of its set, id, seed, path, in the order of the prompts."""
         rows = []
         for manifest in sorted(self.path.glob("images/*/*/*/*/*/shard-*.json")):
-            record = read_sealed(manifest)
-            for image in record["images"]:
-                place = {"id": image["id"], "seed": image["seed"], "path": member(manifest.parent, image["file"])}
-                rows.append({**{name: record[name] for name in SET}, **place})
+            try:
+                record = _Shard.model_validate(read_sealed(manifest))
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise HiresError(f"{manifest}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+            for image in record.images:
+                place = {"id": image.id, "seed": image.seed, "path": member(manifest.parent, image.file)}
+                rows.append({**{name: getattr(record, name) for name in SET}, **place})
         return self._in_order(pd.DataFrame(rows, columns=[*SET, "id", "seed", "path"]))
 
     @cached_property

@@ -65,6 +65,8 @@ class Item:
             raise Damaged(f"{self.file} has no record")
         record = read_sealed(self.record)
         version = record.get("version", 1)  # what came before this field
+        if not isinstance(version, int):
+            raise Damaged(f"{self.record} is damaged: version {version!r} is none")
         if version > self.version:
             raise Newer(
                 f"{self.file} was made by version {version} of its stage and this hires has version {self.version}: "

@@ -80,10 +80,11 @@ def _pretrained(name: str, device: torch.device, dtype: torch.dtype | None) -> B
     dtype = dtype or _default_dtype(family, device, folder)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:  # parts that are whole but don't belong together
+    except Exception as error:  # parts that are whole but don't belong together: diffusers raises anything
         if exhausted(error):
             raise
-        raise HiresError(f"{folder}: diffusers cannot load it: {str(error).splitlines()[0]}") from error
+        reason = f"{error}".partition("\n")[0] or type(error).__name__
+        raise HiresError(f"{folder}: diffusers cannot load it: {reason}") from error
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
 
 
