@@ -22,7 +22,7 @@ from hires.models import HINTS, build_pipeline
 from hires.settings import Sampling
 from hires.stages import models
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
-from hires.stages.plan import plan
+from hires.stages.plan import PAPERS, plan
 from hires.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +179,14 @@ def counted(name, size, text=0):
                 txt_ids=torch.empty(text, 3),
                 img_ids=torch.empty(h * w // 4, 3),
             )
+        elif name == "flux2-klein":
+            model(
+                hidden_states=torch.empty(1, h * w // 4, 128, dtype=model.dtype),
+                timestep=torch.empty(1, dtype=model.dtype),
+                encoder_hidden_states=torch.empty(1, text, 7680, dtype=model.dtype),
+                txt_ids=torch.empty(text, 4),
+                img_ids=torch.empty(h * w // 4, 4),
+            )
         else:
             model(
                 torch.empty(1, 4, h, w, dtype=model.dtype),
@@ -192,10 +200,18 @@ def counted(name, size, text=0):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("name", ["flux-dev", "flux2-klein"])
 @pytest.mark.parametrize(("size", "text"), [((1024, 1024), 512), ((2048, 1024), 256), ((4096, 4096), 512)])
-def test_dense_flux_costs_what_torch_counts(size, text):
-    found = step_flop(ARCHITECTURES["flux-dev"], size, size, VARIANTS["direct"], Sampling(max_sequence_length=text))
-    assert found == pytest.approx(counted("flux-dev", size, text), rel=0.01)
+def test_dense_flux_costs_what_torch_counts(name, size, text):
+    found = step_flop(ARCHITECTURES[name], size, size, VARIANTS["direct"], Sampling(max_sequence_length=text))
+    assert found == pytest.approx(counted(name, size, text), rel=0.01)
+
+
+def test_plan_knows_the_defaults_of_flux2():
+    for name in ("flux2-klein", "flux2-klein-base"):
+        assert ARCHITECTURES[name].calls == (2 if PAPERS[name].num_inference_steps == 50 else 1)
+    defaults = load("flux2-klein", device="meta", weights="random").defaults
+    assert PAPERS["flux2-klein"].over(defaults) == defaults
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (2048, 1024), (4096, 4096)])

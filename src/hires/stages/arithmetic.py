@@ -1,4 +1,4 @@
-"""Arithmetic of a denoising step of FLUX.1-dev and SDXL, counted without loading them."""
+"""Arithmetic of a denoising step of FLUX.1-dev, SDXL and FLUX.2 [klein], counted without loading them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,8 @@ class Architecture:
 ARCHITECTURES = {  # torch.utils.flop_counter on the full-size models, less their self-attention
     "flux-dev": Architecture(1, 12.91e9, True, ((16, 57, 24, 128),)),
     "sdxl": Architecture(2, 1.46e9, False, ((16, 10, 10, 64), (32, 60, 20, 64))),
+    "flux2-klein": Architecture(1, 6.14e9, True, ((16, 25, 24, 128),)),
+    "flux2-klein-base": Architecture(2, 6.14e9, True, ((16, 25, 24, 128),)),
 }
 
 

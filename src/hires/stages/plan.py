@@ -26,10 +26,12 @@ ENCODE = {128**2: 0.015, 256**2: 0.055, 512**2: 0.33}
 START = 5.5  # seconds until a job has imported torch and diffusers and loaded its model
 SUSTAINED = 200  # TFLOP/s: dense FLUX.1-dev at 4096² is 3.9 PFLOP a step, in 17.89 s on the GPU of Scale-DiT's table
 
-# Steps and τ of the papers, for models that are not in the repository
+# Steps and τ of the papers, and of FLUX.2's own, for models that are not in the repository
 PAPERS = {
     "flux-dev": Sampling(num_inference_steps=30, tau=600),
     "sdxl": Sampling(num_inference_steps=50, tau=400),
+    "flux2-klein": Sampling(num_inference_steps=4, tau=500),
+    "flux2-klein-base": Sampling(num_inference_steps=50, tau=400),
 }
 
 
