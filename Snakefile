@@ -42,6 +42,7 @@ rule report:
 rule figures:
     input:
         [f"results/figures/notebooks/{name}.ipynb" for name in CONFIG.notebooks],
+        "results/figures/notebooks/07_claims.ipynb",
 
 
 rule speed:

@@ -80,6 +80,27 @@ rule checksums:
         "hires checksums --config {params.config} 2>&1 | tee {log}"
 
 
+rule redraw_claims:
+    input:
+        notebook="notebooks/07_claims.ipynb",
+        claims="config/claims.yaml",
+        metrics=reference_scores,
+    output:
+        "results/figures/notebooks/07_claims.ipynb",
+    log:
+        "results/figures/logs/07_claims.log",
+    conda:
+        ENVIRONMENT
+    params:
+        version=VERSIONS["notebook"],
+        config=CONFIG_FILE,
+    message:
+        "Judge the papers' claims by results/reference"
+    shell:
+        "hires notebook --config {params.config} --name 07_claims --results results/reference"
+        " --output results 2>&1 | tee {log}"
+
+
 rule redraw:
     input:
         notebook="notebooks/{notebook}.ipynb",

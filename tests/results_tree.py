@@ -123,3 +123,30 @@ def add_scale_dit(folder: Path, side: int = 64, n: int = 2) -> Path:
         file = folder / f"{name}.parquet"
         pd.concat([pd.read_parquet(file), fresh], ignore_index=True).to_parquet(file)
     return folder
+
+
+def add_studies(folder: Path, side: int = 64, n: int = 2) -> Path:
+    """Add parts of config/studies: trials of the components, two settings of the failures, with crops and tests."""
+    rng = np.random.default_rng(2)
+    sets = [
+        ("components", "default", v, seed) for v in ("npa", "npa+lfm", "scalediff") for seed in ("all", "0", "1", "2")
+    ]
+    sets += [("failures", s, v, "all") for s in ("default", "tau-800", "overlap-0") for v in ("npa", "npa+sg")]
+    rows = []
+    for i, (study, setting, variant, trial) in enumerate(sets):
+        place = {"study": study, "setting": setting, "backbone": "tiny-flux", "variant": variant}
+        place |= {"height": side, "width": side}
+        target = folder / "crops" / study / setting / "tiny-flux" / variant / f"{side}x{side}.webp"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture(side, i, 0.3).save(target)
+        for name, value in {**SCORES, "fid_patch": 40.0, "high_band": -0.2, "seams": 0.1}.items():
+            replicates = value * rng.normal(1 + 0.1 * (i % 5), 0.02, 200)
+            low, high = np.quantile(replicates, [0.025, 0.975])
+            bounds = {"value": replicates.mean(), "low": low, "high": high, "n": n, "flag": "", "protocol": "test"}
+            rows.append({**place, "trial": trial, "metric": name, **bounds, "replicates": replicates})
+    made = pd.DataFrame(rows)
+    tests = paired(made[made["trial"] == "all"])
+    for name, fresh in (("metrics", made.drop(columns="replicates")), ("paired", tests)):
+        file = folder / f"{name}.parquet"
+        pd.concat([pd.read_parquet(file), fresh], ignore_index=True).to_parquet(file)
+    return folder

@@ -1,21 +1,35 @@
-"""Seams, bands against true images, means over trials, and the closed form of FID's bootstrap."""
+"""Seams, bands against true images, means over trials, protocols, and the closed form of FID's bootstrap."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from pydantic import ValidationError
 from test_metrics import features_of, settings
 
 from hires.attention import attention_layers
+from hires.config import Config
 from hires.errors import HiresError
-from hires.metrics import Clip, ClipFeatures, Crops, distances, patch_borders, per_image, score
+from hires.metrics import (
+    Clip,
+    ClipFeatures,
+    Crops,
+    Features,
+    Protocol,
+    Source,
+    distances,
+    extract,
+    patch_borders,
+    per_image,
+    score,
+)
 from hires.metrics.bootstrap import draw_prompts
-from hires.metrics.pixels import line_steps
+from hires.metrics.pixels import View, line_steps
 from hires.metrics.scores import frame, over_trials
 from hires.metrics.seams import TOKEN, Borders, seams
 from hires.models import build_clip, build_pipeline
-from hires.scenes import caption, reference_image, scene, scene_ids
+from hires.scenes import WHOLE, caption, reference_image, scene, scene_ids
 
 N, SIDE = 24, 256
 BORDERS = patch_borders((SIDE, SIDE), (128, 128))
@@ -183,3 +197,63 @@ def test_images_of_two_sizes_are_refused(renders):
     clip = Clip(*build_clip())
     with pytest.raises(HiresError, match="images of 192x192, 256x256: all must be of one size"):
         features_of([renders[0].resize((192, 192)), renders[1]], ["a", "b"], ClipFeatures(clip), clip)
+
+
+@pytest.fixture(scope="module")
+def protocols(renders):
+    clip = Clip(*build_clip())
+    network, ids = ClipFeatures(clip), scene_ids("held-out", 8)
+    prompts = [caption(scene(number)) for number in ids]
+
+    def features(pictures):
+        sources = [Source(f"{i:02}", 0, picture) for i, picture in enumerate(pictures)]
+        views = [(number, WHOLE) for number in ids]
+        return extract(sources, prompts, network, clip, Crops(128, 4, 0), views, aliased=True)
+
+    noisy = [_image(patched(picture, 20, np.random.default_rng(1), side=2)) for picture in renders[:8]]
+    return features(renders[:8]), features(noisy), network, noisy
+
+
+def test_scores_under_other_protocols_are_those_of_other_samples(protocols):
+    true, noisy, network, pictures = protocols
+    asked = settings(scores=["fid", "fid_aliased", "kid_patch", "kid_patch_3"], kid_subset_size=4)
+    rows = frame(score(noisy, true, asked, per_image(noisy, asked.scores))).set_index("metric")
+    few = asked.model_copy(update={"scores": ["kid_patch"]})
+    three = [first_three(features) for features in (noisy, true)]
+    expected = frame(score(*three, few, per_image(noisy, []))).set_index("metric")
+    assert rows.loc["kid_patch_3", "value"] == pytest.approx(expected.loc["kid_patch", "value"])
+    assert rows.loc["kid_patch", "value"] != rows.loc["kid_patch_3", "value"]
+    assert rows.loc["fid", "value"] != rows.loc["fid_aliased", "value"]
+    assert "bicubic not antialiased" in rows.loc["fid_aliased", "protocol"]
+    assert "3 crops of 128 px" in rows.loc["kid_patch_3", "protocol"]
+    assert "4 crops of 128 px" in rows.loc["kid_patch", "protocol"]
+    plain = View(network.view.size, antialias=False)
+    found = network(torch.stack([plain(pixels(picture)) for picture in pictures]))[0]
+    assert torch.allclose(noisy.tensors["aliased_features"], found, atol=1e-5)
+
+
+def first_three(features):
+    """The same features as if only the first three crops had been cut."""
+    tensors = dict(features.tensors)
+    for name in ("crop_features", "crop_logits"):
+        tensors[name] = tensors[name].unflatten(0, (len(features), -1))[:, :3].flatten(0, 1)
+    crops = {"size": 128, "per_image": 3, "seed": 0}
+    return Features(features.ids, features.seeds, tensors, {**features.metadata, "crops": crops})
+
+
+def test_a_protocol_is_an_object(protocols):
+    true, noisy, *_ = protocols
+    whole, crops = (Protocol.of(samples, noisy, true) for samples in ("whole", "patch_3"))
+    assert (whole.crop, whole.crops, whole.references) == (None, 1, 8)
+    assert (crops.crop, crops.crops, crops.seed, crops.dimension) == (128, 3, 0, 128)
+    assert whole != crops
+    assert Protocol.of("whole", noisy, true) == whole
+
+
+def test_three_crops_need_three():
+    study = {"backbones": ["b"], "variants": ["direct"], "sizes": {"128x128": 1}}
+    backbone = {"model": "tiny-flux", "base_resolution": 128, "size_multiple": 32}
+    metrics = {"scores": ["fid_patch_3"], "patch": {"per_image": 2}}
+    given = {"name": "few", "backbones": {"b": backbone}, "studies": {"s": study}, "metrics": metrics}
+    with pytest.raises(ValidationError, match="scores of three crops need three or more"):
+        Config.model_validate(given)

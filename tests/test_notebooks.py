@@ -38,6 +38,7 @@ def execute(name, folder, monkeypatch, cwd=ROOT, **parameters):
 
 def test_notebooks_are_there():
     names = ["01_explore", "02_ablation", "03_tau", "04_methods_illustrated", "05_scale_dit", "06_speed"]
+    names.append("07_claims")
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -157,3 +158,37 @@ def test_scale_dit_says_how_to_make_its_studies(results, tmp_path, monkeypatch):
     said = "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
     for study in ("scale-dit", "scale-dit-ablation"):
         assert f"no study '{study}' in these results: hires run --config config/scale-dit-evaluation.yaml" in said
+
+
+def said(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
+def test_claims_are_judged_on_what_is_there(tmp_path, monkeypatch):
+    results = results_tree.add_studies(
+        results_tree.build(tmp_path / "results", sizes=((64, 2),), variants=("upsample",), backbones=("tiny-flux",))
+    )
+    done = execute("07_claims", tmp_path, monkeypatch, results=str(results), output=str(tmp_path))
+    judged = pd.read_csv(tmp_path / "tables" / "claims.csv").set_index(["claim", "metric"])
+    stored = pd.read_parquet(results / "paired.parquet")
+    row = judged.loc[("lfm-texture", "kid_patch")]
+    same = stored.query("study == 'components' and a == 'npa' and b == 'npa+lfm' and metric == 'kid_patch'").iloc[0]
+    assert row["difference"] == pytest.approx(-same["difference"])
+    assert row["trials"] == 3
+    assert judged.loc[("npa-beyond", "seconds"), "verdict"] == "missing"
+    assert judged.loc[("overlap", "seams"), "verdict"] in ("reproduced", "not reproduced", "undecided")
+    text = said(done)
+    assert "study 'windows': 0 of 24 image sets" in text
+    assert "same direction in" in text
+    place = "tiny-flux-64x64"
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"claims", "claims-failures-tiny-flux", f"study-components-{place}", f"study-failures-{place}"}
+    tables = {path.stem for path in (tmp_path / "tables").glob("*.md")}
+    assert {"claims", "claims-trials", "claims-directions", "claims-measured", "study-failures"} <= tables
+
+
+def test_claims_work_on_results_without_any_study(results, tmp_path, monkeypatch):
+    done = execute("07_claims", tmp_path, monkeypatch, results=str(results), output=str(tmp_path))
+    assert set(pd.read_csv(tmp_path / "tables" / "claims.csv")["verdict"]) == {"missing"}
+    assert "no study of failures in these results" in said(done)

@@ -215,7 +215,7 @@ def test_the_reference_is_checked_and_has_no_images(place, capsys):
     assert main(["verify", "results/reference"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "results/reference: no images here: only tables, figures and records were checked"
-    assert lines[1] == "results/reference: 4 files, all as they were made"
+    assert lines[1] == "results/reference: 7 files, all as they were made"
     assert main(["verify", "results/reference", "--again", "1"]) == 2
     assert "holds no images to make again" in capsys.readouterr().err
     write_json(Path("results/reference/provenance/small.json"), [])

@@ -36,7 +36,9 @@ Size = Annotated[str, StringConstraints(pattern=f"^{SIZE}$")]
 Score = Literal[
     "fid", "kid", "is", "clip", "clip_iqa", "fid_patch", "kid_patch", "is_patch",
     "count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams", "seconds", "peak_bytes",
+    "fid_aliased", "kid_aliased", "fid_patch_3", "kid_patch_3",
 ]  # fmt: skip
+PROTOCOLS = ("fid_aliased", "kid_aliased", "fid_patch_3", "kid_patch_3")  # the same scores as other papers take them
 
 
 def _distinct(values: list) -> list:
@@ -193,7 +195,8 @@ class Metrics(Section):
     )
     clip: str = Field("tiny-clip", description="pair of encoders of the CLIP score: tiny-clip, a folder or a hub id")
     scores: Annotated[list[Score], Field(min_length=1), AfterValidator(_distinct)] = Field(
-        list(get_args(Score)), description="scores to compute"
+        [name for name in get_args(Score) if name not in PROTOCOLS],
+        description="scores to compute; _aliased: resized without antialiasing, _patch_3: the first three crops only",
     )
     patch: Patch = Field(default_factory=Patch, description="crops of the patch scores")
     kid_subset_size: int = Field(1000, ge=2, description="images in one KID subset; KID is undefined below")
@@ -283,9 +286,13 @@ class Config(Section):
                 f"prompts.scenes.pool = {self.prompts.scenes.pool}: fewer than prompts.n = {self.prompts.n}; raise it"
             )
         side = min(min(parse_size(size)) for study in self.studies.values() for size in study.sizes)
-        if any(score.endswith("_patch") for score in self.metrics.scores) and self.metrics.patch.size > side:
+        if any("_patch" in score for score in self.metrics.scores) and self.metrics.patch.size > side:
             raise HiresError(
                 f"metrics.patch.size = {self.metrics.patch.size}: larger than the shortest image side, {side}"
+            )
+        if any(score.endswith("_3") for score in self.metrics.scores) and self.metrics.patch.per_image < 3:
+            raise HiresError(
+                f"metrics.patch.per_image = {self.metrics.patch.per_image}: scores of three crops need three or more"
             )
         return self
 

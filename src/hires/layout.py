@@ -29,6 +29,9 @@ PATTERNS = {
     "reference_features": "features/references/{height}x{width}.safetensors",
     "scores": f"scores/{_SET}.parquet",
     "image_scores": f"scores/{_SET}.images.parquet",
+    "crops": f"crops/{_SET}.webp",
+    "reference_crops": "crops/references/{height}x{width}.webp",
+    "collected": "collected.json",
     "metrics": "metrics.parquet",
     "paired": "paired.parquet",
     "notebook": "notebooks/{notebook}.ipynb",
@@ -301,6 +304,21 @@ def features(config: Config, images: ImageSet) -> Path:
 def scores(config: Config, images: ImageSet) -> Path:
     """Aggregate scores of one image set, tidy."""
     return _path(config, "scores", **_set_fields(images))
+
+
+def crops(config: Config, images: ImageSet) -> Path:
+    """Crops of the first images of one set, side by side."""
+    return _path(config, "crops", **_set_fields(images))
+
+
+def reference_crops(config: Config, height: int, width: int) -> Path:
+    """The same crops of the reference images of one size."""
+    return _path(config, "reference_crops", height=height, width=width)
+
+
+def collected(config: Config) -> Path:
+    """Which image sets were made and scored elsewhere, and by what."""
+    return _path(config, "collected")
 
 
 def image_scores(config: Config, images: ImageSet) -> Path:

@@ -3,7 +3,7 @@
     metrics.parquet, paired.parquet     rows of all of them, under `config` which configuration made them
     provenance/<config>.json            what made them: one record for the studies of each promotion
     prompts/<config>.parquet            the prompts drawn
-    tables/<config>/, figures/<config>/
+    tables/<config>/, figures/<config>/, crops/<config>/
     SHA256SUMS                          of everything here
 
 A study is known by its name alone to whatever reads the tables, so two configurations can't share one.
@@ -23,7 +23,7 @@ from hires.storage import read_json, write_json
 
 REFERENCE = Path("results/reference")
 TABLES = ("metrics.parquet", "paired.parquet")
-FOLDERS = ("tables", "figures")
+FOLDERS = ("tables", "figures", "crops")
 
 
 def promote(source: Path, target: Path = REFERENCE) -> list[str]:

@@ -86,6 +86,12 @@ class Results:
         """The tidy table of scores over all trials, one row per image set and metric."""
         return where(parquet.read_frame(self.path / "metrics.parquet", METRICS), trial="all")
 
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """The same table for each seed of the studies that have several; `trial` names the seed."""
+        rows = parquet.read_frame(self.path / "metrics.parquet")
+        return rows[rows["trial"] != "all"]
+
     def scores(self, study: str, **columns) -> pd.DataFrame:
         """A study's scores; those of the references stand under every backbone, as variant "true image"."""
         rows = where(self.metrics, study=study, **columns)
@@ -134,6 +140,11 @@ class Results:
             height, width = map(int, file.parent.name.split("x"))
             rows.append({"height": height, "width": width, "id": file.stem, "path": file})
         return self._in_order(pd.DataFrame(rows, columns=["height", "width", "id", "path"]))
+
+    def crops(self, study: str, setting: str, backbone: str, variant: str, size: str) -> Image.Image | None:
+        """The stored crops of an image set (`hires.stages.crops`); None where none were kept."""
+        found = [*self.path.glob(f"crops/**/{study}/{setting}/{backbone}/{variant}/{size}.webp")]
+        return read_image(found[0]) if found else None
 
     def pictures(
         self, n: int, by: str = "variant", truth: bool = True, **columns

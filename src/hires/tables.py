@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from hires.errors import printable
-from hires.results import TRUE, named, repository_root, size_name, where
+from hires.results import BETWEEN, TRUE, named, repository_root, size_name, where
+from hires.statistics import t_interval
 from hires.variants import VARIANTS
 
 COMPONENTS = ("npa", "npa+lfm", "npa+sg", "scalediff")
@@ -29,6 +30,7 @@ CONTRASTS = (
     ("hybrid", "scalediff"),
 )
 QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "clip_iqa", "seconds")  # what papers print
+PROTOCOLS = ("fid", "fid_aliased", "kid", "kid_aliased", "fid_patch", "fid_patch_3", "kid_patch", "kid_patch_3")
 CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams")
 FLAG = "†"
 _COSTS = ("seconds", "peak_bytes")
@@ -59,6 +61,10 @@ METRICS = {
     "fid_patch": Metric("FID_p", "lower"),
     "kid": Metric("KID", "lower", "10⁻³", 1e3),
     "kid_patch": Metric("KID_p", "lower", "10⁻³", 1e3),
+    "fid_aliased": Metric("FID, not antialiased", "lower"),
+    "kid_aliased": Metric("KID, not antialiased", "lower", "10⁻³", 1e3),
+    "fid_patch_3": Metric("FID_p, 3 crops", "lower"),
+    "kid_patch_3": Metric("KID_p, 3 crops", "lower", "10⁻³", 1e3),
     "is": Metric("IS", "higher"),
     "is_patch": Metric("IS_p", "higher"),
     "clip": Metric("CLIP score", "higher", "0–100"),
@@ -222,6 +228,53 @@ def beside(metrics: pd.DataFrame, printed: pd.DataFrame, paper: str) -> pd.DataF
         rows.append(row)
     ours = scores(where(metrics, variant=[*variants_of(printed), TRUE]), names).rename(columns={"backbone": "model"})
     return pd.concat([pd.DataFrame(rows), ours.assign(source="this run")]).fillna("–")
+
+
+def by_setting(rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores of a study whose variants are shown with their setting, where it has several."""
+    if rows["setting"].nunique() < 2:
+        return rows
+    names = [TRUE if v == TRUE else named(v, s) for v, s in zip(rows["variant"], rows["setting"])]
+    shown = rows.assign(variant=names)
+    return shown.drop_duplicates([name for name in shown.columns if name not in ("setting", "protocol", "study")])
+
+
+def spread(trials: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Means over trials (seeds) with 95 % of Student's t: a row per backbone, size and variant, a column per metric."""
+    names = [name for name in metrics_of(trials) if names is None or name in names]
+    rows = []
+    for backbone, size, variant, group in _groups(trials):
+        row = {"backbone": backbone, "size": size, "variant": variant, "trials": group["trial"].nunique()}
+        row["n each"] = _range(group["n"])
+        for name in names:
+            values = where(group, metric=name)["value"] * metric(name).scale
+            row[metric(name).title] = interval(values.mean(), *t_interval(values)) if len(values) > 1 else "–"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def best_setting(scores: pd.DataFrame, paired: pd.DataFrame, name: str, reference: str) -> list[str]:
+    """For each backbone and variant of a study one sentence: its best setting by a metric, against the reference."""
+    found = []
+    shown = metric(name)
+    rows = where(scores[scores["variant"] != TRUE], metric=name)
+    for (backbone, variant, height, width), group in rows.groupby(["backbone", "variant", "height", "width"]):
+        if len(group) < 2 or reference not in set(group["setting"]):
+            continue
+        best = group.sort_values("value", ascending=shown.better == "lower", kind="stable").iloc[0]
+        text = f"{backbone}, {variant}, {size_name(height, width)}: {shown.label} is best in setting {best['setting']}"
+        text += f", {_cell(best, shown.scale)}"
+        if best["setting"] != reference:
+            place = {"backbone": backbone, "height": height, "width": width, "metric": name}
+            pair = [(named(variant, best["setting"]), named(variant, reference))]
+            for test in contrasts(where(paired, setting=BETWEEN, **place), pair).itertuples():
+                text += f"; against {reference} {_signed(test, shown)}, p {p_text(test.p_holm)} after Holm"
+        found.append(text + ".")
+    return found
+
+
+def p_text(value: float) -> str:
+    return "< .001" if value < 0.001 else f"= {value:.3f}".replace("0.", ".")
 
 
 def markdown(frame: pd.DataFrame) -> str:

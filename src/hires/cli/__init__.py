@@ -32,6 +32,7 @@ COMMANDS = {
     "provenance": "stage: what made the results of a configuration",
     "checksums": "stage: SHA-256 of everything that a configuration made",
     "run": "run every stage of a configuration in this process, without Snakemake",
+    "collect": "bring together scores that several machines made",
     "train": "train the embedded models",
     "speed": "measure the attention kernels on this machine's GPU",
     "memory": "measure seconds and memory of whole images on this machine's GPU",

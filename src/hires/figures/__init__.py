@@ -13,10 +13,12 @@ from hires.figures.scale_dit import (
     training_curve,
 )
 from hires.figures.scores import paired_differences, score_points, spectra, sweep
+from hires.figures.studies import Failure, failures, verdicts
 from hires.figures.style import PAGE_WIDTH, colour, label, marker, save, style
 
 __all__ = [
     "PAGE_WIDTH",
+    "Failure",
     "anchor_places",
     "attention_masks",
     "attention_windows",
@@ -29,6 +31,7 @@ __all__ = [
     "comparison",
     "cost",
     "counted_cost",
+    "failures",
     "guidance_weight",
     "label",
     "latent_spectra",
@@ -46,4 +49,5 @@ __all__ = [
     "sweep",
     "token_orders",
     "training_curve",
+    "verdicts",
 ]

@@ -14,6 +14,7 @@ from hires.errors import HiresError
 from hires.metrics.features import Crops, Features, extract
 from hires.metrics.networks import Clip, ClipFeatures, FeatureNetwork, Inception, load_clip, load_features
 from hires.metrics.pixels import Source
+from hires.metrics.protocol import Protocol, wants_aliased, wants_crops
 from hires.metrics.scores import ROW, frame, paired, per_image, score
 from hires.metrics.seams import Borders, patch_borders
 from hires.scenes import WHOLE
@@ -26,6 +27,7 @@ __all__ = [
     "FeatureNetwork",
     "Features",
     "Inception",
+    "Protocol",
     "Source",
     "evaluate",
     "extract",
@@ -35,6 +37,7 @@ __all__ = [
     "patch_borders",
     "per_image",
     "score",
+    "wants_aliased",
 ]
 
 
@@ -73,7 +76,9 @@ def evaluate(
     def features(given: Sequence[Image.Image]) -> Features:
         sources = [Source(name, 0, image) for name, image in zip(ids, given)]
         views = None if scenes is None else [(scene_id, WHOLE) for scene_id in scenes]
-        return extract(sources, prompts, network, clip, crops_of(metrics), views, threads)
+        return extract(
+            sources, prompts, network, clip, crops_of(metrics), views, threads, wants_aliased(metrics.scores)
+        )
 
     found, true = features(images), features(references)
     table = per_image(found, metrics.scores, references=true, borders=borders)
@@ -82,5 +87,6 @@ def evaluate(
 
 def crops_of(metrics: Metrics) -> Crops | None:
     """The crops that the patch scores of a configuration need; None when it asks for none."""
-    asked = any(name.endswith("_patch") for name in metrics.scores)
-    return Crops(metrics.patch.size, metrics.patch.per_image, metrics.patch.seed) if asked else None
+    if not wants_crops(metrics.scores):
+        return None
+    return Crops(metrics.patch.size, metrics.patch.per_image, metrics.patch.seed)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,6 +102,7 @@ def extract(
     crops: Crops | None = None,
     scenes: Sequence[tuple[int, Camera]] | None = None,
     threads: int = 1,
+    aliased: bool = False,
 ) -> Features:
     """Read every image once and keep what the scores need.
 
@@ -111,13 +112,19 @@ def extract(
         crops: None leaves the patch scores out. HiresError unless their size is the network's input.
         scenes: n scene ids with their cameras where the prompts are scenes; the images are then parsed.
         threads: that read images and run the networks. The result does not depend on it.
+        aliased: also the features of images that were resized without antialiasing, as some protocols have it.
     """
     if crops and crops.size != network.crop:
         raise HiresError(
             f"metrics.patch.size = {crops.size}: {network.name} takes crops of {network.crop} px, unresized"
         )
     box = (crops.size, crops.per_image, crops.seed) if crops else None
-    reader = Reader((network.view, clip.view), box, scenes is not None)
+    if aliased and network.view.size is None:
+        raise HiresError(
+            f"scores without antialiasing: {network.name} resizes by itself; choose inception-tf1 for them"
+        )
+    plain = replace(network.view, antialias=False)
+    reader = Reader((network.view, clip.view, *([plain] if aliased else [])), box, scenes is not None)
     sizes: set[tuple[int, int]] = set()
 
     @torch.inference_mode()
@@ -150,6 +157,7 @@ def extract(
     metadata = {
         "network": network.name,
         "view": str(network.view),
+        "aliased_view": str(plain) if aliased else None,
         "splits": network.splits,
         "clip": clip.name,
         "clip_view": str(clip.view),
@@ -161,7 +169,7 @@ def extract(
 
 
 def _embed(read: Sequence[Pixels], network: FeatureNetwork, clip: Clip) -> dict[str, Tensor]:
-    whole, pairs = ([pixels.views[k] for pixels in read] for k in range(2))
+    whole, pairs, *plain = zip(*(pixels.views for pixels in read))
     alone = network.view.size is None  # images of any size, one by one
     outputs = [network(image[None]) for image in whole] if alone else [network(torch.stack(whole))]
     values = {
@@ -174,6 +182,8 @@ def _embed(read: Sequence[Pixels], network: FeatureNetwork, clip: Clip) -> dict[
         "low": torch.stack([pixels.low for pixels in read]),
         "objects": torch.tensor([pixels.objects for pixels in read]),
     }
+    if plain:
+        values["aliased_features"], _ = network(torch.stack(plain[0]))
     crops = [pixels.crops for pixels in read if pixels.crops is not None]
     if crops:
         values["crop_features"], values["crop_logits"] = network(torch.cat(crops))

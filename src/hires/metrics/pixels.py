@@ -27,20 +27,21 @@ class View:
     """How a network sees a whole image.
 
     `size`: side of its square input in pixels; None: the image as it is, the network resizes it.
-    `fit`: squash both sides to `size`, or scale the shorter one and cut out the centre.
+    `fit`: squash both sides to `size`, or scale the shorter one and cut out the centre. `antialias`: where it shrinks.
     """
 
     size: int | None
     fit: Literal["squash", "centre"] = "squash"
+    antialias: bool = True
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (3, H, W) → float32 (3, size, size), still 0 … 255: antialiased bicubic, not rounded."""
+        """uint8 (3, H, W) → float32 (3, size, size), still 0 … 255: bicubic, not rounded."""
         if self.size is None:
             return pixels
         height, width = pixels.shape[1:]
         scale = self.size / min(height, width)
         sides = (self.size, self.size) if self.fit == "squash" else (round(height * scale), round(width * scale))
-        resized = interpolate(pixels[None].float(), sides, mode="bicubic", antialias=True)[0].clamp(0, 255)
+        resized = interpolate(pixels[None].float(), sides, mode="bicubic", antialias=self.antialias)[0].clamp(0, 255)
         top, left = (sides[0] - self.size) // 2, (sides[1] - self.size) // 2
         return resized[:, top : top + self.size, left : left + self.size]
 
@@ -48,7 +49,7 @@ class View:
         if self.size is None:
             return "whole image, resized by the network"
         how = "squashed" if self.fit == "squash" else "scaled and centre-cropped"
-        return f"whole image {how} to {self.size} px, bicubic antialiased"
+        return f"whole image {how} to {self.size} px, bicubic {'' if self.antialias else 'not '}antialiased"
 
 
 def crop_boxes(image_id: str, height: int, width: int, size: int, per_image: int, seed: int) -> list[tuple[int, int]]:

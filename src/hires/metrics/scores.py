@@ -16,14 +16,17 @@ from hires.metrics.bootstrap import centred, draw_prompts, interval
 from hires.metrics.features import Features
 from hires.metrics.networks import QUALITY
 from hires.metrics.pixels import BANDS, LOW
+from hires.metrics.protocol import Protocol, Samples, samples_of, split_name
 from hires.metrics.seams import Borders, seams
 from hires.results import BETWEEN, named
+from hires.statistics import holm, p_value
 
 FID_REPLICATES = 200  # at most: each takes singular values
 SET = ["study", "setting", "backbone", "variant", "height", "width"]
 ROW = ["metric", "value", "low", "high", "n", "flag", "protocol"]
 TIDY = ["study", "setting", "trial", "backbone", "variant", "height", "width", *ROW]
 PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]
+PAIRED += ["p", "p_holm"]
 PER_IMAGE = {
     "clip": ["clip"],
     "clip_iqa": ["clip_iqa"],
@@ -141,15 +144,14 @@ class _Scorer:
 
     def all(self, table: pd.DataFrame) -> list[Score]:
         found = [self.mean(str(name), rows) for name, rows in table.groupby("metric", sort=False)]
-        makers: dict[str, Callable[[bool], Score | None]] = {
+        makers: dict[str, Callable[[Samples], Score | None]] = {
             "fid": self.fid,
             "kid": self.kid,
             "is": self.inception_score,
         }
         for name in self.settings.scores:
-            maker = makers.get(name.removesuffix("_patch"))
-            if maker and (made := maker(name.endswith("_patch"))):
-                found.append(made)
+            if (formula := name.partition("_")[0]) in makers and (made := makers[formula](split_name(name)[1])):
+                found.append(replace(made, metric=name))
         if "spectrum" in self.settings.scores and "objects" in self.images.tensors:
             found.append(self.spectrum())
         return found
@@ -181,8 +183,8 @@ class _Scorer:
             return self.make(metric, float(values.max()), highest, "", f"highest of all images; {self.note}")
         return self.make(metric, float(values.mean()), weights @ values / weights.sum(1), "", f"{what}{self.note}")
 
-    def fid(self, patch: bool) -> Score | None:
-        (x, y), (i, j) = self.samples("features", patch), self.owners(patch)
+    def fid(self, samples: Samples) -> Score | None:
+        (x, i), (y, j) = self.compared(samples)
         if min(len(x), len(y)) < 2:
             return None
         draws = self.draws[:FID_REPLICATES].double()
@@ -191,30 +193,28 @@ class _Scorer:
         short = min(len(x), len(y))
         few = f"{short} samples for {x.shape[1]} dimensions: biased upwards" if short <= x.shape[1] else ""
         note = self.note.replace(f"{self.settings.bootstrap} resamples", f"{len(draws)} resamples")
-        return self.make("fid", value, replicates, few, f"{self.protocol(patch)}; {note}", patch, centre=True)
+        return self.make("fid", value, replicates, few, f"{self.protocol(samples)}; {note}", centre=True)
 
-    def kid(self, patch: bool) -> Score | None:
-        (x, y), (i, j) = self.samples("features", patch), self.owners(patch)
+    def kid(self, samples: Samples) -> Score | None:
+        (x, i), (y, j) = self.compared(samples)
         size, subsets = self.settings.kid_subset_size, self.settings.kid_subsets
         if min(len(x), len(y)) < size:
             return None
         value, _ = distances.kid(x, y, size, subsets, torch.Generator().manual_seed(0))
         replicates = distances.kid_replicates(x, y, i, j, self.draws).numpy() if self.several else np.empty(0)
-        how = f"cubic kernel, {subsets} subsets of {size}"
-        return self.make(
-            "kid", value, replicates, "", f"{self.protocol(patch)}; {how}; {self.note}", patch, centre=True
-        )
+        text = f"{self.protocol(samples)}; cubic kernel, {subsets} subsets of {size}; {self.note}"
+        return self.make("kid", value, replicates, "", text, centre=True)
 
-    def inception_score(self, patch: bool) -> Score | None:
-        logits, owners = self.samples("logits", patch)[0], self.owners(patch)[0]
+    def inception_score(self, samples: Samples) -> Score | None:
+        logits, owners = samples_of(self.images, samples, self.prompts, "logits")
         splits = self.images.metadata["splits"]
         if len(logits) < 2 * splits:
             return None
         value, _ = distances.inception_score(logits, splits, torch.Generator().manual_seed(0))
         replicates = distances.inception_score_replicates(logits, owners, self.draws).numpy()
         how = f"{logits.shape[1]} classes, {splits} split{'s' * (splits > 1)}"
-        text = f"{self.protocol(patch, paired=False)}; {how}; {self.note}"
-        return self.make("is", value, replicates, "", text, patch, centre=True)
+        text = f"{Protocol.of(samples, self.images, None)}; {how}; {self.note}"
+        return self.make("is", value, replicates, "", text, centre=True)
 
     def spectrum(self) -> Score:
         x, y = (f.tensors["bands"].numpy() for f in (self.images, self.references))
@@ -230,24 +230,15 @@ class _Scorer:
         """Whether there is an interval: two prompts give one and the same resample (see `bootstrap.draw_prompts`)."""
         return self.draws.shape[1] > 2
 
-    def samples(self, name: str, patch: bool) -> tuple[Tensor, Tensor]:
-        name = f"crop_{name}" if patch else name
-        return self.images.tensors[name], self.references.tensors[name]
+    def compared(self, samples: Samples) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Features and their prompts, of the images and of the references."""
+        return (
+            samples_of(self.images, samples, self.prompts),
+            samples_of(self.references, samples, self.reference_prompts),
+        )
 
-    def owners(self, patch: bool) -> tuple[Tensor, Tensor]:
-        """The prompt of each sample on both sides."""
-        count = self.images.metadata["crops"]["per_image"] if patch else 1
-        return self.prompts.repeat_interleave(count), self.reference_prompts.repeat_interleave(count)
-
-    def protocol(self, patch: bool, paired: bool = True) -> str:
-        meta = self.images.metadata
-        where = meta["view"]
-        if patch:
-            crops = meta["crops"]
-            where = f"{crops['per_image']} crops of {crops['size']} px per image, not resized, seed {crops['seed']}"
-        against = f" against {len(self.references)}" if paired else ""
-        dimension = self.images.tensors["features"].shape[1]
-        return f"{meta['network']} ({dimension} features), {where}; {len(self.images)}{against} images"
+    def protocol(self, samples: Samples) -> Protocol:
+        return Protocol.of(samples, self.images, self.references)
 
     def make(
         self,
@@ -256,7 +247,6 @@ class _Scorer:
         replicates: NDArray[np.float64],
         few: str,
         protocol: str,
-        patch: bool = False,
         centre: bool = False,
     ) -> Score:
         n, least = len(self.images), self.settings.minimum_n
@@ -268,7 +258,7 @@ class _Scorer:
             replicates = np.array([value])
         elif centre:
             replicates = centred(replicates, value)
-        return Score(f"{metric}_patch" if patch else metric, value, replicates, n, "; ".join(flags), protocol)
+        return Score(metric, value, replicates, n, "; ".join(flags), protocol)
 
 
 def over_trials(trials: Sequence[Sequence[Score]]) -> list[Score]:
@@ -296,12 +286,12 @@ def ceiling(references: Features, settings: Metrics, borders: Borders | None = N
     """
     table = per_image(references, settings.scores, references=references, borders=borders)
     single = score(references, references, settings, table)
-    found = [s for s in single if s.metric.removesuffix("_patch") not in ("fid", "kid")]
+    found = [s for s in single if s.metric.partition("_")[0] not in ("fid", "kid")]
     half = len(references) // 2
     if half:
         even, odd = references.take(range(0, 2 * half, 2)), references.take(range(1, 2 * half, 2))
         only = {
-            "scores": [name for name in settings.scores if name.removesuffix("_patch") in ("fid", "kid")],
+            "scores": [name for name in settings.scores if name.partition("_")[0] in ("fid", "kid")],
             "kid_subset_size": max(2, settings.kid_subset_size // 2),
         }
         halves = _Scorer(even, odd, torch.arange(half), settings.model_copy(update=only))
@@ -340,7 +330,8 @@ def paired(scores: pd.DataFrame) -> pd.DataFrame:
 
     Replicates of both sides come from the same resampled prompts (`bootstrap.draw_prompts`), so their differences are
     those of a paired bootstrap: for a mean over images that of the per-image differences, for FID, KID and IS that of
-    the sets.
+    the sets. p is raw (`statistics.p_value`); p_holm is corrected for the pairs of one metric that stand together here,
+    of all variants in one setting, or of all settings of one variant.
 
     Args:
         scores: what `frame` gave for image sets; one trial.
@@ -352,9 +343,13 @@ def paired(scores: pd.DataFrame) -> pd.DataFrame:
     found = []
     for rows, keys in ((within, place), (across, [*place, "variant"])):
         for key, group in rows.groupby(keys, sort=False):
+            family = []
             for a, b in combinations(group.itertuples(), 2):
                 if a.n != b.n:
                     continue
-                low, high = interval(np.asarray(a.replicates) - np.asarray(b.replicates))
-                found.append([*key[: len(place)], a.name, b.name, a.value - b.value, low, high, a.n])
+                replicates, difference = np.asarray(a.replicates) - np.asarray(b.replicates), a.value - b.value
+                test = [difference, *interval(replicates), a.n, p_value(difference, replicates)]
+                family.append([*key[: len(place)], a.name, b.name, *test])
+            corrected = holm([test[-1] for test in family])
+            found += [[*test, p] for test, p in zip(family, corrected)]
     return pd.DataFrame(found, columns=PAIRED)

@@ -6,6 +6,7 @@ from pathlib import Path
 from hires import layout, provenance
 from hires.config import Config
 from hires.errors import HiresError
+from hires.stages import collect
 from hires.storage import sha256, write_changed
 
 
@@ -19,17 +20,30 @@ def run(config: Config) -> None:
 
 
 def outputs(config: Config) -> list[Path]:
-    """All files of a configuration but images, references, latents and their records."""
-    sizes, sets = layout.references(config), config.image_sets()
+    """All files of a configuration but images, references, latents and their records.
+
+    Where image sets were collected, what stayed on the machines that made them is left out.
+    """
+    sizes, sets, elsewhere = layout.references(config), config.image_sets(), collect.elsewhere(config)
+    made = [
+        *(layout.reference_manifest(config, height, width) for height, width, _ in sizes),
+        *(path for base in layout.base_sets(config) for path in layout.base_shards(config, base)),
+        *(path for images in sets for path in layout.image_shards(config, images)),
+        *(layout.features(config, images) for images in sets),
+    ]
+    kept = [
+        *(layout.reference_crops(config, height, width) for height, width, _ in sizes),
+        *(layout.crops(config, images) for images in sets),
+        layout.collected(config),
+    ]
     return [
         provenance.stored_config(config),
         layout.prompts(config),
         *([layout.scenes(config)] if config.prompts.source == "scenes" else []),
-        *(layout.reference_manifest(config, height, width) for height, width, _ in sizes),
-        *(path for base in layout.base_sets(config) for path in layout.base_shards(config, base)),
-        *(path for images in sets for path in layout.image_shards(config, images)),
+        *(path for path in made if path.exists() or not elsewhere),
         *(layout.reference_features(config, height, width) for height, width, _ in sizes),
-        *(place(config, images) for place in (layout.features, layout.scores, layout.image_scores) for images in sets),
+        *(place(config, images) for place in (layout.scores, layout.image_scores) for images in sets),
+        *(path for path in kept if path.exists()),
         layout.metrics(config),
         layout.paired(config),
         *(layout.notebook(config, name) for name in config.notebooks),

@@ -57,7 +57,7 @@ def read_manifests(paths: Sequence[Path], stage: str) -> list[dict[str, Any]]:
 def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str, device: str | None) -> None:
     import torch
 
-    from hires.metrics import Source, crops_of, extract, load_clip, load_features
+    from hires.metrics import Source, crops_of, extract, load_clip, load_features, wants_aliased
     from hires.metrics.networks import clip_files
 
     weights = [sha256(file) for name in (config.metrics.features, config.metrics.clip) for file in clip_files(name)]
@@ -74,6 +74,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str
                     "version": VERSIONS["features"],
                     "metrics": settings.model_dump(include={"features", "clip", "patch"}, mode="json"),
                     "crops": crops_of(settings) is not None,
+                    "aliased": wants_aliased(settings.scores),
                     "weights": weights,
                     "images": [[entry["sha256"], prompt.prompt] for entry, prompt in zip(entries, asked)],
                 }
@@ -91,6 +92,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str
                     crops_of(settings),
                     _scenes(asked),
                     config.compute.threads,
+                    wants_aliased(settings.scores),
                 )
             features.metadata["key"] = key
             features.save(path)

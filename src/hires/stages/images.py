@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -73,13 +73,26 @@ def image_sets(
 
 def _make(config: Config, work: Mapping[ImageSet, Sequence[Batch]], shard: int, device: str) -> Iterator[int]:
     """Make the batches of each image set; yields how many images each gave."""
-    with tqdm(total=sum(map(len, work.values())), desc="images", unit="batch", disable=None) as bar:
+    total = sum(map(len, work.values()))
+    written: list[Future] = []
+    with (
+        tqdm(total=total, desc="images", unit="batch", disable=None) as bar,
+        ThreadPoolExecutor(config.compute.threads) as pool,  # compressing PNGs leaves other threads free
+    ):
         for images, batches in work.items():
-            maker = _Maker(config, images, shard, device)
+            maker = _Maker(config, images, shard, device, pool)
             for batch, todo in batches:
-                maker.make(batch, todo)
+                files = maker.make(batch, todo)
+                _wait(written)  # for the batch before: two in memory at most
+                written = files
                 bar.update()
                 yield sum(todo)
+        _wait(written)
+
+
+def _wait(files: Sequence[Future]) -> None:
+    for file in files:
+        file.result()
 
 
 def _names(images: ImageSet) -> dict[str, Any]:
@@ -108,10 +121,10 @@ def items(config: Config, images: ImageSet, shard: int) -> list[Item]:
 class _Maker:
     """Makes batches of one shard of an image set."""
 
-    def __init__(self, config: Config, images: ImageSet, shard: int, device: str):
+    def __init__(self, config: Config, images: ImageSet, shard: int, device: str, pool: ThreadPoolExecutor):
         from hires.adapters import adapter_digests
 
-        self.config, self.images = config, images
+        self.config, self.images, self.pool = config, images, pool
         self.variant = config.variants()[images.variant]
         self.backbone = models.load(config, images.backbone, device)
         given = config.sampling(images.study, images.setting, images.backbone)
@@ -129,11 +142,13 @@ class _Maker:
         what = f"{images.variant} at {images.size} on {images.backbone}"
         self.thrift = Thrift(what, config.compute, self.backbone, views, tileable=not self.sampling.vae_tiling)
 
-    def make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
-        """Make a batch, in parts where memory is short."""
-        self.thrift.run(lambda part: self._make(batch[part], todo[part]), len(batch))
+    def make(self, batch: Sequence[Item], todo: Sequence[bool]) -> list[Future]:
+        """Make a batch, in parts where memory is short; the pool then writes its files, while the next one is made."""
+        files: list[Future] = []
+        self.thrift.run(lambda part: files.extend(self._make(batch[part], todo[part])), len(batch))
+        return files
 
-    def _make(self, batch: Sequence[Item], todo: Sequence[bool]) -> None:
+    def _make(self, batch: Sequence[Item], todo: Sequence[bool]) -> list[Future]:
         from hires_kernels import watch
 
         from hires.cascade import Meter, cascade, decode
@@ -165,8 +180,8 @@ class _Maker:
                 provenance={**self.provenance, "attention": ran.__dict__},
             )
 
-        with ThreadPoolExecutor(self.config.compute.threads) as pool:  # compressing PNGs leaves other threads free
-            list(pool.map(finish, *zip(*(row for row, wanted in zip(zip(batch, pictures, shared), todo) if wanted))))
+        made = [row for row, wanted in zip(zip(batch, pictures, shared), todo) if wanted]
+        return [self.pool.submit(finish, *row) for row in made]
 
     def _base_latents(self, batch: Sequence[Item]) -> tuple[Any, list[dict[str, Any]]]:
         """Stored base latents (n, C, h, w) and what they cost; None and nothing for a start from noise."""
@@ -210,7 +225,7 @@ def encode(picture: "Image.Image", image_format: str, parameters: dict[str, Any]
     if image_format == "png":
         info = PngInfo()
         info.add_text("parameters", text)
-        picture.save(data, "PNG", pnginfo=info)
+        picture.save(data, "PNG", pnginfo=info, compress_level=1)  # more takes four times as long and saves nothing
     else:
         picture.save(data, "TIFF", description=text)
     return data.getvalue()

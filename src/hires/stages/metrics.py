@@ -1,7 +1,9 @@
 """Stage: all scores in one tidy table, and the paired comparisons of variants."""
 
+import sys
+
 from hires import layout, parquet, shards
-from hires.config import Config
+from hires.config import Config, ImageSet
 from hires.errors import HiresError
 from hires.stages.scores import borders
 from hires.storage import remade
@@ -16,8 +18,13 @@ def check(config: Config) -> None:
             parquet.read(path)
 
 
-def run(config: Config) -> None:
-    """Write metrics.parquet and paired.parquet.
+def unscored(config: Config) -> list[ImageSet]:
+    """Image sets without scores."""
+    return [images for images in config.image_sets() if not layout.scores(config, images).is_file()]
+
+
+def run(config: Config, partial: bool = False) -> None:
+    """Write metrics.parquet and paired.parquet, of all image sets, or of those that have scores where `partial`.
 
     For every study and size the references stand in the table too, under the name "reference" in the columns setting,
     backbone and variant: the best that can be reached (see `hires.metrics.scores.ceiling`).
@@ -28,7 +35,11 @@ def run(config: Config) -> None:
     from hires.metrics.scores import PAIRED, TIDY, ceiling, frame, paired
 
     parts = []
-    for images in config.image_sets():
+    missing = unscored(config)
+    sets = [images for images in config.image_sets() if images not in missing] if partial else config.image_sets()
+    if missing and partial:
+        print(f"incomplete: {len(sets)} of {len(sets) + len(missing)} image sets have scores", file=sys.stderr)
+    for images in sets:
         path = layout.scores(config, images)
         if not path.exists():
             raise HiresError(f"{path} does not exist: score the image sets first (hires scores)")
@@ -37,7 +48,7 @@ def run(config: Config) -> None:
     scores = pd.concat(parts, ignore_index=True)
     prompts = [prompt.id for prompt in shards.drawn(config)]
     references = []
-    first = {(s.study, s.height, s.width, s.n): s for s in reversed(config.image_sets())}
+    first = {(s.study, s.height, s.width, s.n): s for s in reversed(sets)}
     for (study, height, width, n), images in reversed(first.items()):
         file = layout.reference_features(config, height, width)
         with remade("features", file):

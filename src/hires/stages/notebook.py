@@ -21,17 +21,18 @@ NOTEBOOKS = Path("notebooks")
 
 
 def run(config: Config, name: str, *, results: Path | None = None, output: Path | None = None) -> None:
-    """Run notebooks/<name>.ipynb with the configuration's parameters for it.
+    """Run notebooks/<name>.ipynb with the configuration's parameters for it; with `output`, any other too.
 
     `results`: the folder that it reads, the configuration's own when None. `output`: the folder that gets tables/ and
     figures/, `results` when None. Declared output: `layout.notebook`, or <output>/figures/notebooks/<name>.ipynb.
     HiresError for a parameter that the notebook's `parameters` cell lacks, and for a cell that fails.
     """
-    target = layout.notebook(config, name)
-    parameters = {"results": str(results or config.root), **config.notebooks[name]}
+    parameters = {"results": str(results or config.root), **config.notebooks.get(name, {})}
     if output:
         parameters["output"] = str(output)
-        target = output / "figures" / "notebooks" / target.name
+        target = output / "figures" / "notebooks" / f"{name}.ipynb"
+    else:
+        target = layout.notebook(config, name)
     if results is None:
         metrics.check(config)
     with shards.told(f"notebook {name}", 1) as made:

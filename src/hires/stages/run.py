@@ -1,17 +1,30 @@
-"""Every stage of a configuration in one process, in order: what the Snakefile does, where Snakemake is missing."""
+"""Every stage of a configuration in one process, in order: what the Snakefile does, where Snakemake is missing.
 
+The unit is the image set: its images, their features, their scores, then the next. So a run that is stopped has scored
+all that it has made, and a machine with a GPU can hand back scores, which are small, in place of images.
+"""
+
+import multiprocessing
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hires import layout
-from hires.config import Config, parse_size
+from hires.config import Config, ImageSet
 from hires.devices import locked_device
+from hires.errors import unknown
 from hires.provenance import other_versions, store_config
 from hires.stages import (
     VERSIONS,
     base,
     checksums,
+    collect,
+    crops,
     features,
     images,
     metrics,
@@ -24,77 +37,178 @@ from hires.stages import (
 )
 from hires.storage import claim, not_ahead
 
+HELPERS = 2  # processes that render references and score, while this one keeps the GPU busy
 
-def run(config: Config) -> None:
-    """Make everything of a configuration; each model is loaded once.
+
+def run(config: Config, *, seconds: float | None = None, backbones: Sequence[str] | None = None) -> bool:
+    """Make everything of a configuration, or what `seconds` allow; whether it is complete.
 
     Finished files are kept. Tables and pages are made again when they are older than what they are made from, or than
-    the last change of the configuration.
+    the last change of the configuration. A run that is cut, or restricted to some `backbones`, collects the scores
+    that are there; notebooks and report wait for the others.
+
+    Args:
+        seconds: after these no shard of images is begun, nor one that would end later than the last of its kind did.
+        backbones: names in the configuration's backbones; all when None.
     """
+    for name in backbones or ():
+        if name not in config.backbones:
+            raise unknown("backbone", name, config.backbones)
     notebook.check_all(config)
     with claim(config.root):
         not_ahead(layout.made(config))
-        _run(config)
+        return _run(config, _Clock(seconds), backbones or [*config.backbones])
 
 
-def _run(config: Config) -> None:
+@dataclass
+class _Clock:
+    """Says when it is time to stop: before a job that would take as long as the last of its kind, and then be late."""
+
+    seconds: float | None
+    started: float = field(default_factory=time.monotonic)
+    last: dict[Any, float] = field(default_factory=dict)
+
+    def over(self, kind: Any) -> bool:
+        expected = time.monotonic() - self.started + self.last.get(kind, 0.0)
+        return self.seconds is not None and expected > self.seconds
+
+    @contextmanager
+    def timed(self, kind: Any) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.last[kind] = time.monotonic() - started
+
+
+class _Here(Executor):
+    """Runs a job at once, in this process: on a CPU there is nothing to wait for."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _helpers(device: str) -> Executor:
+    if device == "cpu":
+        return _Here()
+    return ProcessPoolExecutor(HELPERS, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _run(config: Config, clock: _Clock, backbones: Sequence[str]) -> bool:
     changed = store_config(config)
     other = other_versions(config)
     for stage, version in other.items():
         print(f"{stage}: version {version} made it, and is {VERSIONS[stage]} now: made again", file=sys.stderr)
     if _old([layout.prompts(config)], [changed], "prompts" in other):
         prompts.run(config)
-    with locked_device(config.compute.device) as device:
-        for height, width, _ in layout.references(config):
-            references.run(config, height, width)
-        for backbone in config.backbones:
-            _make(config, backbone, device)
-        for height, width, _ in layout.references(config):
-            features.run_references(config, height, width, device=device)
-        for study, entry in config.studies.items():
-            for backbone in entry.backbones:
-                for size in entry.sizes:
-                    _measure(config, study, backbone, *parse_size(size), changed, device, "scores" in other)
+    with locked_device(config.compute.device) as device, _helpers(device) as helpers:
+        work = _Work(config, clock, changed, "scores" in other, device, helpers)
+        work.run([made for made in _in_order(config) if made.backbone in backbones])
+    missing = metrics.unscored(config)
+    if len(missing) == len(config.image_sets()):
+        print(f"{config.name}: no image set is scored yet", file=sys.stderr)
+        return False
     tables = [layout.metrics(config), layout.paired(config)]
-    made_from = [changed, *(layout.scores(config, made) for made in config.image_sets())]
-    if _old(tables, made_from, "metrics" in other):
-        metrics.run(config)
-    provenance.run(config)
+    scored = [layout.scores(config, made) for made in config.image_sets() if made not in missing]
+    if missing or _old(tables, [changed, *scored], "metrics" in other):
+        metrics.run(config, partial=True)
+    provenance.run(config, partial=bool(missing))
+    if missing:
+        return False
     for name in config.notebooks:
         made_from = [changed, *tables, notebook.NOTEBOOKS / f"{name}.ipynb"]
         if _old([layout.notebook(config, name)], made_from, "notebook" in other):
             notebook.run(config, name)
     report.run(config)
     checksums.run(config)
+    return True
 
 
-def _make(config: Config, backbone: str, device: str) -> None:
-    """All base latents and images of one backbone."""
-    for latents in layout.base_sets(config):
-        if latents.backbone == backbone:
-            for shard in layout.shards(config, latents.n):
-                base.run(config, backbone, latents.name, shard, device=device)
-    for study, entry in config.studies.items():
-        if backbone in entry.backbones:
-            for size, n in entry.sizes.items():
-                for shard in layout.shards(config, n):
-                    images.run(config, study, backbone, *parse_size(size), shard, device=device)
+def _in_order(config: Config) -> list[ImageSet]:
+    """Study by study; within one, the image sets of a backbone together, as a model is loaded for them."""
+    order = [*config.studies], [*config.backbones]
+    return sorted(config.image_sets(), key=lambda made: (order[0].index(made.study), order[1].index(made.backbone)))
 
 
-def _measure(
-    config: Config, study: str, backbone: str, height: int, width: int, changed: Path, device: str, anew: bool
-) -> None:
-    """Features and scores of the image sets of one study, backbone and size; `anew`: scores in any case."""
-    features.run(config, study, backbone, height, width, device=device)
-    sets = images.image_sets(config, study, backbone, height, width)
-    made_from = [changed, layout.reference_features(config, height, width)]
-    made_from += [path for made in sets for path in (layout.features(config, made), *layout.image_shards(config, made))]
-    targets = [path for made in sets for path in (layout.scores(config, made), layout.image_scores(config, made))]
-    if _old(targets, made_from, anew):
-        scores.run(config, study, backbone, height, width)
+@dataclass
+class _Work:
+    """The image sets of one run, in their order; `pending` have features, and wait for those of their references.
+
+    `anew`: scores are made in any case, as another version of the stage made those that are there.
+    """
+
+    config: Config
+    clock: _Clock
+    changed: Path
+    anew: bool
+    device: str
+    helpers: Executor
+    rendered: dict[tuple[int, int], Future] = field(default_factory=dict)
+    measured: set[tuple[int, int]] = field(default_factory=set)
+    based: set[tuple[str, str, int]] = field(default_factory=set)
+    pending: list[ImageSet] = field(default_factory=list)
+    scoring: list[Future] = field(default_factory=list)
+
+    def run(self, sets: Sequence[ImageSet]) -> None:
+        elsewhere = collect.elsewhere(self.config)
+        sets = [made for made in sets if made not in elsewhere]
+        needed = {(made.height, made.width) for made in sets}
+        for height, width, _ in layout.references(self.config):
+            if (height, width) in needed:
+                self.rendered[height, width] = self.helpers.submit(references.run, self.config, height, width)
+        for made in sets:
+            if not self._make(made):
+                break
+            features.run(self.config, **_names(made), device=self.device)
+            self.pending.append(made)
+            self._score(wait=False)
+        self._score(wait=True)
+        for future in self.scoring:
+            future.result()
+
+    def _make(self, made: ImageSet) -> bool:
+        """Make the images of a set; whether there was time for all of them."""
+        start = layout.base_of(self.config, made)
+        latents = start and layout.base_set(self.config, made.backbone, start.name)
+        for shard in layout.shards(self.config, made.n):
+            kind = made.backbone, made.variant, made.size
+            if self.clock.over(kind):
+                return False
+            with self.clock.timed(kind):
+                if latents and (made.backbone, latents.name, shard) not in self.based:
+                    base.run(self.config, made.backbone, latents.name, shard, device=self.device)
+                    self.based.add((made.backbone, latents.name, shard))
+                images.run(self.config, **_names(made), shard=shard, device=self.device)
+        return True
+
+    def _score(self, wait: bool) -> None:
+        """Score those pending sets whose references are there, or all of them where it may `wait`."""
+        waiting, self.pending = self.pending, []
+        for made in waiting:
+            size = made.height, made.width
+            if not (wait or self.rendered[size].done()):
+                self.pending.append(made)
+                continue
+            self.rendered[size].result()
+            if size not in self.measured:
+                features.run_references(self.config, *size, device=self.device)
+                self.measured.add(size)
+            if _old([layout.crops(self.config, made)], [layout.features(self.config, made)]):
+                crops.run(self.config, made)
+            made_from = [self.changed, layout.reference_features(self.config, *size)]
+            made_from += [layout.features(self.config, made), *layout.image_shards(self.config, made)]
+            targets = [layout.scores(self.config, made), layout.image_scores(self.config, made)]
+            if _old(targets, made_from, self.anew):
+                self.scoring.append(self.helpers.submit(scores.run, self.config, **_names(made)))
 
 
-def _old(targets: Sequence[Path], made_from: Sequence[Path], anew: bool) -> bool:
+def _names(made: ImageSet) -> dict[str, Any]:
+    """What the stages call one image set."""
+    place = {"study": made.study, "backbone": made.backbone, "height": made.height, "width": made.width}
+    return {**place, "settings": [made.setting], "variants": [made.variant]}
+
+
+def _old(targets: Sequence[Path], made_from: Sequence[Path], anew: bool = False) -> bool:
     """Whether targets are to be made `anew`, or one is missing, or older than something that it is made from."""
     if anew or not all(target.exists() for target in targets):
         return True

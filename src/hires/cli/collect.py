@@ -1,0 +1,25 @@
+"""Bring together scores of one configuration that several machines made; the images stay where they are."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="configuration")
+    parser.add_argument("--from", dest="sources", type=Path, nargs="+", required=True, help="results/<name> of each")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hires.config import load_config
+    from hires.provenance import store_config
+    from hires.stages import collect, metrics, provenance
+    from hires.storage import claim
+
+    config = load_config(args.config)
+    with claim(config.root):
+        taken = collect.run(config, args.sources)
+        store_config(config)
+        metrics.run(config, partial=True)
+        provenance.run(config, partial=True)
+    missing = metrics.unscored(config)
+    print(f"{config.root}: {len(taken)} image sets taken, {len(missing)} missing")

@@ -1,0 +1,89 @@
+"""Stage: bring together the scores of one configuration that several machines made, without the images."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hires import layout
+from hires.config import Config, ImageSet
+from hires.errors import HiresError
+from hires.provenance import config_digest
+from hires.storage import read_json, replacing, write_json
+
+
+def run(config: Config, sources: Sequence[Path]) -> list[str]:
+    """Take what `sources`, results folders of this very configuration, hold and this one lacks; the sets taken.
+
+    Scores, crops, features of references and prompts are copied. `layout.collected` names the sets, which later runs
+    leave alone, and keeps the records of what made them. HiresError where a folder is another configuration's, or its
+    prompts are others.
+    """
+    for source in sources:
+        file = source / layout.provenance(config).name
+        if not file.is_file():
+            raise HiresError(f"{source} holds no {file.name}: name a results folder that `hires run` has written")
+        if (theirs := read_json(file)["config"]) != config_digest(config):
+            raise HiresError(
+                f"{source} was made from configuration {theirs}, this one is {config_digest(config)}: their scores "
+                "don't belong together"
+            )
+        ours = layout.prompts(config)
+        if ours.exists() and ours.read_bytes() != (source / ours.name).read_bytes():
+            raise HiresError(f"{source / ours.name} differs from {ours}: other prompts were drawn")
+    taken = [name for source in sources for name in _take(config, source)]
+    fresh = [read_json(source / layout.provenance(config).name) for source in sources]
+    past = _read(config)
+    sets = sorted({*past["sets"], *taken})
+    kept = [record for record in past["records"] if not any(_continues(new, record) for new in fresh)]
+    write_json(layout.collected(config), {"sets": sets, "records": [*kept, *fresh]})
+    return taken
+
+
+def elsewhere(config: Config) -> list[ImageSet]:
+    """The image sets that were collected: their images are not here."""
+    names = _read(config)["sets"]
+    return [images for images in config.image_sets() if _name(config, images) in names]
+
+
+def records(config: Config) -> list[dict[str, Any]]:
+    """What made the collected sets: the provenance of each source."""
+    return _read(config)["records"]
+
+
+def _continues(record: dict[str, Any], former: dict[str, Any]) -> bool:
+    """Whether a record is a later one of the same results folder: all runs of the former are in it."""
+    return all(run in record["runs"] for run in former["runs"])
+
+
+def _read(config: Config) -> dict[str, list[Any]]:
+    file = layout.collected(config)
+    return read_json(file) if file.is_file() else {"sets": [], "records": []}
+
+
+def _name(config: Config, images: ImageSet) -> str:
+    return str(layout.scores(config, images).relative_to(config.root))
+
+
+def _take(config: Config, source: Path) -> list[str]:
+    _copy(config, source, layout.prompts(config))
+    for height, width, _ in layout.references(config):
+        _copy(config, source, layout.reference_features(config, height, width))
+        _copy(config, source, layout.reference_crops(config, height, width))
+    found = []
+    for images in config.image_sets():
+        scores = layout.scores(config, images)
+        if _copy(config, source, layout.image_scores(config, images)) and _copy(config, source, scores):
+            found.append(_name(config, images))
+        _copy(config, source, layout.crops(config, images))
+    return found
+
+
+def _copy(config: Config, source: Path, target: Path) -> bool:
+    """Whether the file is there and not here: it is copied then."""
+    file = source / target.relative_to(config.root)
+    if target.exists() or not file.exists():
+        return False
+    with replacing(target) as temporary:
+        shutil.copyfile(file, temporary)
+    return True

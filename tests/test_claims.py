@@ -1,0 +1,205 @@
+"""Claims and their verdicts: p-values, Holm's correction, trials, the rule."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from hires import claims, tables
+from hires.config import load_config
+from hires.errors import HiresError
+from hires.metrics import paired
+from hires.results import Results
+from hires.statistics import holm, p_value, t_interval
+
+ROOT = Path(__file__).parents[1]
+PLACE = {"study": "s", "setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64}
+
+
+def test_holm_is_its_definition():
+    p = [0.01, 0.04, 0.03, 0.005]
+    ordered, highest, expected = sorted(p), 0.0, {}
+    for rank, value in enumerate(ordered):
+        highest = max(highest, min(1, value * (len(p) - rank)))
+        expected[value] = highest
+    assert holm(p) == pytest.approx([expected[value] for value in p])
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert len(holm([])) == 0
+
+
+def test_p_of_a_mean_is_that_of_a_normal_test():
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.2, 1, 400)
+    draws = rng.multinomial(400, np.full(400, 1 / 400), 4000) / 400
+    p = p_value(differences.mean(), draws @ differences)
+    z = differences.mean() / (differences.std() / 20)
+    assert np.log(p) == pytest.approx(np.log(2 * stats.norm.sf(abs(z))), rel=0.1)
+    assert p_value(0.0, np.array([-1.0, 1.0])) == 1
+    assert p_value(0.3, np.array([0.3])) == 1  # no interval
+    assert p_value(0.3, np.array([0.3, 0.3])) == 0  # the same in every pair
+
+
+def test_p_is_rarely_small_where_there_is_nothing():
+    rng = np.random.default_rng(1)
+    small = 0
+    for _ in range(200):
+        differences = rng.normal(0, 1, 60)
+        draws = rng.multinomial(60, np.full(60, 1 / 60), 200) / 60
+        small += p_value(differences.mean(), draws @ differences) < 0.05
+    assert 2 <= small <= 22  # 10 expected
+
+
+def test_intervals_over_trials_are_students():
+    values = [1.0, 2.0, 4.0, 3.0, 2.5]
+    low, high = t_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert np.isnan(t_interval([1.0])).all()
+
+
+def test_pairs_are_corrected_within_their_metric():
+    rng = np.random.default_rng(0)
+    rows = []
+    for metric, effects in (("kid", (0.0, 0.2, 0.9)), ("count", (0.0, 0.0, 0.0))):
+        shared = rng.normal(0, 1, 500)
+        for variant, effect in zip("xyz", effects):
+            replicates = 1 + effect + 0.1 * (shared + rng.normal(0, 1, 500))
+            score = {"value": 1 + effect, "replicates": replicates, "n": 8, "metric": metric, "variant": variant}
+            rows.append({**PLACE, **score})
+    tests = paired(pd.DataFrame(rows))
+    assert len(tests) == 6
+    for _, group in tests.groupby("metric"):
+        assert group["p_holm"].tolist() == pytest.approx(holm(group["p"].tolist()).tolist())
+    kid = tests[tests["metric"] == "kid"].set_index(["a", "b"])
+    assert kid.loc[("x", "z"), "p_holm"] < 1e-6
+    assert (tests[tests["metric"] == "count"]["p"] == 1).all()
+
+
+def results(tmp_path, tests, trials=()):
+    """A results folder with these paired tests: (metric, a, b, difference, half width, p)."""
+    rows = [
+        {
+            **PLACE,
+            "metric": m,
+            "a": a,
+            "b": b,
+            "difference": d,
+            "low": d - h,
+            "high": d + h,
+            "n": 9,
+            "p": p,
+            "p_holm": p,
+        }
+        for m, a, b, d, h, p in tests
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "paired.parquet")
+    metrics = [
+        {**PLACE, "trial": trial, "variant": variant, "metric": "kid", "value": value}
+        for trial, variant, value in trials
+    ]
+    pd.DataFrame(metrics or [{**PLACE, "trial": "all", "variant": "x", "metric": "kid", "value": 1.0}]).to_parquet(
+        tmp_path / "metrics.parquet"
+    )
+    return Results.open(tmp_path)
+
+
+def claim(**fields):
+    given = {"id": "c", "says": "It helps.", "paper": "P", "section": "1", "study": "s", "a": "x", "b": "y"}
+    return claims.Claim(**{**given, "tests": {"kid": "lower"}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("difference", "half", "p", "expected", "verdict"),
+    [
+        (-1.0, 0.2, 0.001, "lower", "reproduced"),
+        (-1.0, 0.2, 0.001, "higher", "not reproduced"),
+        (1.0, 0.2, 0.001, "lower", "not reproduced"),
+        (-1.0, 1.2, 0.2, "lower", "undecided"),
+        (0.1, 0.2, 0.3, "same", "reproduced"),
+        (1.0, 0.2, 0.001, "same", "not reproduced"),
+        (0.4, 0.2, 0.001, "same", "undecided"),
+    ],
+)
+def test_the_verdict_follows_from_difference_interval_and_p(tmp_path, difference, half, p, expected, verdict):
+    found = results(tmp_path, [("kid", "y", "x", -difference, half, p)])  # stored the other way round
+    within = 0.5 if expected == "same" else None
+    judged = claims.judge([claim(tests={"kid": expected}, within=within)], found)
+    assert judged["verdict"].tolist() == [verdict]
+    assert judged["difference"].tolist() == [difference]
+    assert verdict in claims.sentences([claim()], judged)["c"][0]
+
+
+def test_many_claims_need_smaller_p(tmp_path):
+    tests = [(name, "x", "y", -1.0, 0.2, 0.02) for name in ("kid", "fid", "clip")]
+    judged = claims.judge([claim(tests=dict.fromkeys(("kid", "fid", "clip"), "lower"))], results(tmp_path, tests))
+    assert judged["p_holm"].tolist() == pytest.approx([0.06] * 3)
+    assert set(judged["verdict"]) == {"undecided"}
+
+
+def test_what_was_not_made_is_said_to_be_missing(tmp_path):
+    found = results(tmp_path, [("kid", "x", "y", -1.0, 0.2, 0.001)])
+    asked = [claim(), claim(id="d", study="other"), claim(id="e", variant="z")]
+    judged = claims.judge(asked, found)
+    assert judged["verdict"].tolist() == ["reproduced", "missing", "missing"]
+    assert judged.loc[1:, "p_holm"].isna().all()
+    assert "**missing**" in claims.sentences(asked, judged)["d"][0]
+    overview = claims.overview(asked, judged)
+    assert overview["reproduced"].tolist() == [1, 0, 0] and overview["missing"].tolist() == [0, 1, 1]
+
+
+def test_trials_are_compared_seed_by_seed(tmp_path):
+    values = {"x": [1.0, 2.0, 3.0], "y": [2.0, 2.5, 4.0]}
+    trials = [(str(seed), name, value) for name in values for seed, value in enumerate(values[name])]
+    found = results(tmp_path, [("kid", "x", "y", -1.0, 0.2, 0.001)], trials)
+    row = claims.judge([claim()], found).iloc[0]
+    assert row["trials"] == 3
+    assert (row["trial_low"], row["trial_high"]) == pytest.approx(t_interval([-1.0, -0.5, -1.0]))
+    assert "in 3 trials" in claims.sentences([claim()], claims.judge([claim()], found))["c"][0]
+
+
+def test_the_papers_claims_name_studies_variants_and_settings_that_exist():
+    files = [ROOT / "config/studies.yaml", *(ROOT / "config/studies").glob("*.yaml")]
+    configs = [load_config(file) for file in [*files, ROOT / "config/scale-dit-evaluation.yaml"]]
+    studies = {name: study for config in configs for name, study in config.studies.items()}
+    for asked in claims.load_claims(ROOT / "config/claims.yaml"):
+        study = studies[asked.study]
+        if asked.variant is None:
+            assert {asked.a, asked.b} <= set(study.variants), asked.id
+            assert asked.setting in study.settings, asked.id
+        else:
+            assert asked.variant in study.variants, asked.id
+            assert {asked.a, asked.b} <= set(study.settings), asked.id
+        assert set(asked.tests) <= set(tables.METRICS), asked.id
+
+
+def test_mistakes_in_claims_are_one_line(tmp_path):
+    path = tmp_path / "claims.yaml"
+    entry = claim().model_dump()
+    for change, said in (
+        ({"tests": {"kid": "better"}}, "tests.kid"),
+        ({"tests": {"kid": "same"}}, "within"),
+        ({"within": 0.1}, "within"),
+    ):
+        path.write_text(yaml.safe_dump([{**entry, **change}]))
+        with pytest.raises(HiresError, match=said):
+            claims.load_claims(path)
+    path.write_text(yaml.safe_dump([entry, entry]))
+    with pytest.raises(HiresError, match="named twice: c"):
+        claims.load_claims(path)
+
+
+def test_directions_are_compared_with_the_printed_ones(tmp_path):
+    printed = pd.DataFrame(
+        [
+            {"backbone": "SDXL", "resolution": 4096, "variant": variant, "metric": "fid", "value": value}
+            for variant, value in (("npa", 64.2), ("npa+lfm", 62.3))
+        ]
+    )
+    found = results(tmp_path, [("fid", "npa", "npa+lfm", -1.0, 0.2, 0.01)]).paired
+    row = claims.directions(printed, found).iloc[0]
+    assert (row["a"], row["b"]) == ("npa+lfm", "npa")
+    assert row["printed difference"] == pytest.approx(-1.9) and row["difference"] == 1.0
+    assert row["same direction"] == "no"
