@@ -1,6 +1,7 @@
 """Scores as tables: what a metric is called, which way is better, and how a value with its interval is written."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,8 +399,9 @@ def _decimals(rows: pd.DataFrame, scale: float) -> int:
 
 def _amount(rows: pd.DataFrame) -> str:
     """n, and how many reference images are left where some prompts lost theirs."""
-    counts = rows["protocol"].str.extract(r"against (\d+) images.* resamples of (\d+) prompts").dropna().astype(int)
-    lost = counts.loc[counts[0] < counts[1], 0]
+    found = [re.search(r"against (\d+) images.* resamples of (\d+) prompts", text) for text in rows["protocol"]]
+    counts = [(int(match[1]), int(match[2])) for match in found if match]
+    lost = pd.Series([references for references, prompts in counts if references < prompts])
     return _range(rows["n"]) + (f" ({_range(lost)} references)" if len(lost) else "")
 
 
