@@ -27,12 +27,14 @@ from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.extras import NO_EXTRAS, Control, Extras
+from hires.fp8 import fp8_linears
 from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
 from hires.methods.lfm import latent_frequency_mixing
 from hires.methods.multidiffusion import multidiffusion
 from hires.settings import Sampling
 from hires.sizes import Size, check_multiple, stage_sizes
+from hires.step_cache import step_cache
 from hires.variants import Variant
 
 Callback = Callable[[str, int, int, Tensor], None]  # (stage name, steps done, steps of the stage, noisy latents)
@@ -215,6 +217,9 @@ def _denoise(
             handles.append(
                 contexts.enter_context(use_attention(model, variant.attention, canvas, base_size, **options))
             )
+        if sampling.linears == "fp8":
+            contexts.enter_context(fp8_linears(backbone.model))
+        contexts.enter_context(step_cache(backbone.model, sampling.step_cache, steps))
         contexts.enter_context(divided(backbone.model, variant, sampling, canvas, base_size, control is not None))
         for step in range(first, schedule.num_inference_steps):
             for handle in handles:
@@ -373,6 +378,8 @@ def _check(
         raise HiresError(f"a variant that starts from noise has no base image: {', '.join(of_base)} must be off")
     if variant.views != "none" and variant.attention != "dense":
         raise HiresError(f"views of the base size leave {variant.attention!r} attention nothing to do: allowed: dense")
+    if variant.views != "none" and sampling.step_cache is not None:
+        raise HiresError("step_cache: the views of a step would be taken for steps: leave it out")
     if variant.attention == "scale_dit" and variant.start == "noise":
         raise HiresError("scale_dit is guided by a base image: start from the base")
     if variant.adapter and variant.attention != "scale_dit":

@@ -41,6 +41,7 @@ def generate(
     ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None,
     callback: Callback | None = None,
     preview: Callable[[str, list[Image.Image]], None] | None = None,
+    preset: str | None = None,
     **overrides: Any,
 ) -> list[Image.Image]:
     """Images of height × width pixels, `num_images_per_prompt` of the first prompt, then of the second, …
@@ -58,6 +59,7 @@ def generate(
         ip_adapter_image, ip_adapter_image_embeds: see `hires.extras.Extras`; they act at every stage.
         callback: (stage name, steps done, steps of the stage, noisy latents), after every step.
         preview: (stage name, small images), after every stage but the last; see `hires.cascade.preview`.
+        preset: a name of `hires.settings.PRESETS`: "fast" (8-bit linear layers, cheaper text rows, extrapolated steps).
         overrides: fields of `hires.settings.Sampling`, for example tau=300 or negative_prompt="blurry".
 
     Raises:
@@ -71,7 +73,7 @@ def generate(
         raise HiresError(f"num_images_per_prompt = {num_images_per_prompt}: allowed: 1 or more")
     copies = range(num_images_per_prompt)
     chosen = find_variant(variant) if isinstance(variant, str) else variant
-    sampling = Sampling.of(**overrides)
+    sampling = Sampling.of(**{**backbone.preset(preset), **overrides})
     extras = Extras(
         control_image=control_image,
         controlnet_conditioning_scale=controlnet_conditioning_scale,

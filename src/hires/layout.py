@@ -41,7 +41,15 @@ PATTERNS = {
 }
 
 # what shapes a base image beside its prompt, seed and size
-BASE_SETTINGS = ("num_inference_steps", "guidance_scale", "negative_prompt", "prompt_suffix", "max_sequence_length")
+BASE_SETTINGS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "negative_prompt",
+    "prompt_suffix",
+    "max_sequence_length",
+    "linears",
+    "step_cache",
+)
 
 
 @dataclass(frozen=True)

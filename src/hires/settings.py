@@ -25,6 +25,11 @@ SCALE_DIT = (
 )  # its settings, which mean nothing without joint attention of text and image
 
 
+PRESETS: dict[str, dict[str, Any]] = {  # each setting where the model family has it
+    "fast": {"linears": "fp8", "text_rows": "global", "step_cache": 3},
+}
+
+
 class Sampling(BaseModel):
     """Settings of one image. Frozen; unknown names are refused with the nearest right one (`Sampling.of`)."""
 
@@ -84,6 +89,10 @@ class Sampling(BaseModel):
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
     time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")
     vae_tiling: bool | None = Field(None, description="tile the VAE; default: above 4 times the base area")
+    linears: Literal["full", "fp8"] = Field("full", description="fp8: linear layers of the blocks in 8 bits")
+    step_cache: int | None = Field(
+        None, ge=2, description="FLUX.1: compute every n-th step (and the first 3), extrapolate the others"
+    )
     attention_backend: str = Field("auto", description="hires_kernels backend")
 
     @classmethod

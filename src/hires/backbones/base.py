@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 from hires.adapters import switch_adapter
 from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
-from hires.errors import HiresError
+from hires.errors import HiresError, unknown
 from hires.extras import NO_EXTRAS, Control, Extras, controlnets
 from hires.parallel import shared_tiles
-from hires.settings import Sampling
+from hires.settings import PRESETS, Sampling
 from hires.untrusted import read_hints
 
 Conditioning = dict[str, Tensor]  # every tensor has the batch first
@@ -239,6 +239,14 @@ class Backbone(ABC):
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in latent pixels of a size in pixels."""
         return height // self.scale, width // self.scale
+
+    def preset(self, name: str | None) -> dict[str, Any]:
+        """The settings of `hires.settings.PRESETS` that mean something to this family; none without a name."""
+        if name is None:
+            return {}
+        if name not in PRESETS:
+            raise unknown("preset", name, PRESETS)
+        return {key: value for key, value in PRESETS[name].items() if key not in self.without}
 
     def check_settings(self, sampling: Sampling) -> None:
         """Raise HiresError where a setting is given that this family has no use for."""

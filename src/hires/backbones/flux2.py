@@ -25,7 +25,7 @@ class Flux2Klein(Backbone):
 
     family = "flux2"
     pipeline_class = Flux2KleinPipeline
-    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", *SCALE_DIT)
+    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", "step_cache", *SCALE_DIT)
 
     def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
         super().__init__(pipe, name, hints, revision)

@@ -31,7 +31,7 @@ class SDXL(Backbone):
         StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLControlNetImg2ImgPipeline,
     )
-    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale")
+    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale", "step_cache")
     controlnet_class = ControlNetModel
     controlnet_facts = (
         "in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type",

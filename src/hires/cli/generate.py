@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hires.errors import HiresError
+from hires.errors import HiresError, unknown
 from hires.variants import VARIANTS, variant
 
 
@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="GPUs of this machine that share one image (FLUX.1 with npa; default: 1)"
     )
+    parser.add_argument(
+        "--preset", help="fast: 8-bit linear layers, cheaper text rows, extrapolated steps; --set goes over it"
+    )
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: by model and device")
     parser.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
 
@@ -41,14 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     from PIL import PngImagePlugin
 
-    from hires.settings import Sampling
+    from hires.settings import PRESETS, Sampling
     from hires.sizes import parse_size
     from hires.storage import replacing, sha256
     from hires.untrusted import read_picture
 
     height, width = parse_size(args.size)
     chosen = variant(args.variant)
-    sampling = Sampling.of(**parse_settings(args.set))
+    if args.preset not in (None, *PRESETS):
+        raise unknown("preset", args.preset, PRESETS)
+    given = parse_settings(args.set)
+    Sampling.of(**given)
     if args.out.suffix.lower() != ".png":
         raise HiresError(f"--out {args.out}: only PNG carries the parameters: give a name that ends with .png")
     if not args.out.parent.is_dir():
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int | None:
 
     with parallel.joined(args.device) as device, ProgressBar() as progress:
         backbone = load(args.model, device, args.dtype, args.weights)
+        sampling = Sampling.of(**{**backbone.preset(args.preset), **given})
         stage = None
         for stage in stages(
             backbone, [args.prompt], [args.seed], chosen, height, width, sampling, image, args.strength, progress.update

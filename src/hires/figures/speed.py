@@ -17,6 +17,7 @@ LOOKS = {
     "scale-dit": ("#c9a227", "<"),
     "attention-free": ("#8a8a8a", "s"),
     "base": ("#000000", "*"),
+    "base-fp8": ("#6db6dc", "*"),
 }
 
 

@@ -74,7 +74,7 @@ def by_formula(contender: str, base: int, attention: int, factor: float) -> floa
     rest = base - attention
     if contender == "multidiffusion":
         return base * (2 * factor - 1) ** 2
-    if contender in ("dense", "base"):
+    if contender in ("dense", "base", "base-fp8"):
         return rest * factor**2 + attention * factor**4
     if contender.startswith("scalediff"):
         return base * factor**2

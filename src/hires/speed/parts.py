@@ -70,8 +70,7 @@ def budget(part: Part, speed: Speed, model: Model) -> float | None:
     if part.kind == "text":
         return LOADING
     if part.kind == "steps":
-        names = model.contenders if part.size > base else ["base"]
-        return LOADING + sum(steps_of(name, part.size) for name in names) + 4 * picture
+        return LOADING + sum(steps_of(name, part.size) for name in model.contenders_at(part.size)) + 4 * picture
     if part.kind == "options":
         return LOADING + 4 * steps_of("scalediff", part.size) + 10 * picture
     if part.kind == "largest":
@@ -149,8 +148,9 @@ def _tried(what: str, contender: str, call: Callable[[], Row]) -> Row:
 
 def _steps(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
     backbone = _loaded(part, speed, model, device)
-    names = model.contenders if part.size > backbone.base_resolution else ["base"]
-    for name in names:
+    for what in ("encode", "decode"):
+        yield _tried(what, "", partial(steps.vae, backbone, what, part.size, speed.repeats, speed.patience))
+    for name in model.contenders_at(part.size):
         contender, more = CONTENDERS[name], {}
         if name == "multidiffusion":
             best, found = steps.best_view_batch(backbone, part.size)
@@ -171,8 +171,6 @@ def _steps(part: Part, speed: Speed, model: Model, device: torch.device) -> Iter
     if part.size == backbone.base_resolution:
         yield {"contender": "attention-free", "what": "flop", "seconds": 0.0, **flop.step(
             backbone, CONTENDERS["attention-free"], part.size)}  # fmt: skip
-    for what in ("encode", "decode"):
-        yield _tried(what, "", partial(steps.vae, backbone, what, part.size, speed.repeats, speed.patience))
 
 
 def _text(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from hires.errors import HiresError, unknown
 ROOT = Path("results/speed")
 STEPS = {"flux": (30, 18), "sdxl": (50, 20)}  # ScaleDiff: of the base stage, of every later one
 Side = Annotated[int, Field(ge=1)]
-Name = Literal["scalediff", "multidiffusion", "dense", "scale-dit", "attention-free"]
+Name = Literal["scalediff", "multidiffusion", "dense", "scale-dit", "scalediff-fp8", "scalediff-fast", "attention-free"]
 
 
 class Section(BaseModel):
@@ -27,8 +27,15 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16"]
     sizes: list[Side] = Field(min_length=1)
     contenders: list[Name] = Field(min_length=1)
+    skipped: dict[Side, list[Name]] = {}  # contenders that a size goes without
     check: Side
     largest: list[Side] = []
+
+    def contenders_at(self, size: int) -> list[str]:
+        """Who is measured at a size; at the base size the base stage's own."""
+        if size == self.sizes[0]:
+            return ["base", "base-fp8"] if "scalediff-fp8" in self.contenders else ["base"]
+        return [name for name in self.contenders if name not in self.skipped.get(size, ())]
 
 
 class Speed(Section):

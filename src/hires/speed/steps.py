@@ -47,6 +47,9 @@ CONTENDERS = {
     "multidiffusion": Contender(VARIANTS["multidiffusion+lfm+sg"]),
     "dense": Contender(VARIANTS["dense+lfm+sg"]),
     "scale-dit": Contender(VARIANTS["scale-dit"]),
+    "scalediff-fp8": Contender(VARIANTS["scalediff"], {"linears": "fp8"}),
+    "scalediff-fast": Contender(VARIANTS["scalediff"], {"linears": "fp8", "text_rows": "global"}),  # a computed step
+    "base-fp8": Contender(Variant(), {"linears": "fp8"}),
     "attention-free": Contender(VARIANTS["dense+lfm+sg"], attention=False),
 }
 
