@@ -151,15 +151,15 @@ def reference_scores(wildcards):
 
 CONFIG = configured()
 MINUTES = CONFIG.compute.job_minutes
-LIMIT = f"timeout --foreground --kill-after=30 {MINUTES}m " if MINUTES else ""
+LIMIT = f"timeout --foreground --kill-after=5 {MINUTES}m " if MINUTES else ""
+KILLED = "killed, as the system does when memory runs out" + (f", or after job_minutes = {MINUTES}" if MINUTES else "")
 
 # Jobs use this checkout's library, also in a conda environment that was made from environment.yml. A prefix takes the
 # place of Snakemake's own, without which a failure before `| tee` would go unseen.
 shell.prefix(
     "set -euo pipefail; export PYTHONPATH={workflow.basedir}/src:{workflow.basedir}/kernels${{PYTHONPATH:+:$PYTHONPATH}};"
     ' hires() {{ {LIMIT}python -m hires.cli "$@" || ended $? "$1"; }};'
-    ' ended() {{ [ $1 != 124 ] || echo "hires $2: ended after compute.job_minutes = {MINUTES}; finished work is kept" >&2;'
-    " return $1; }}; "
+    ' ended() {{ [ $1 != 124 -a $1 != 137 ] || echo "hires $2: {KILLED}; finished work is kept" >&2; return $1; }}; '
 )
 
 CONFIG_FILE = str(stored_config(CONFIG))

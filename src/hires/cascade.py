@@ -574,9 +574,7 @@ def preview(backbone: Backbone, stage: Stage | Tensor) -> list[Image.Image]:
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """(n, 3, H, W) in [−1, 1] -> 8-bit RGB images; what lies outside is cut off. HiresError for NaN."""
     if pixels.isnan().any():
-        raise HiresError(
-            "the model gives NaN: its weights are damaged, or its numbers leave the dtype's range: use float32"
-        )
+        raise HiresError("the model gives NaN: its weights are damaged, or dtype is too narrow for it: use float32")
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
