@@ -110,9 +110,11 @@ class Thrift:
             steps["offload"] = True
         if self.compute.out_of_memory == "refuse" or not steps:
             raise HiresError(f"{self.what}, batch {batch}: {reason}; {self._advice(steps)}")
+        from hires.offload import offload_parts
+
         name, value = next(iter(steps.items()))
         if name == "offload":
-            self.backbone.pipe.enable_model_cpu_offload(device=self.backbone.device)
+            offload_parts(self.backbone.pipe, "model", self.backbone.device)
         self.used[name] = value
         print(f"{self.what}, batch {batch}: {reason}; going on with {name} = {value}", file=sys.stderr)
 

@@ -51,10 +51,8 @@ def _load(
     from hires.compilation import compile_blocks
 
     quiet("diffusers", "transformers")
-    offload = offload and device.startswith("cuda")
-    backbone = load(model, device="cpu" if offload else device, dtype=dtype, weights=weights)
-    if offload:
-        backbone.pipe.enable_model_cpu_offload(device=device)
+    kind = "model" if offload and device.startswith("cuda") else None
+    backbone = load(model, device=device, dtype=dtype, weights=weights, offload=kind)
     backbone.adapters = {name: Path(place) for name, place in adapters}
     if compiled:
         compile_blocks(backbone.model)
