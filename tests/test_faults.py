@@ -199,6 +199,8 @@ def readers(config):
         layout.reference_features(config, 256, 256): score,
         layout.scores(config, npa): partial(metrics.run, config),
         layout.base_shard(config, latents, 0): partial(provenance.run, config),
+        layout.metrics(config): partial(metrics.check, config),
+        layout.paired(config): partial(metrics.check, config),
     }
 
 
