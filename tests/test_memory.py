@@ -38,6 +38,7 @@ def test_every_variant_reaches_a_decoded_image(flux, variant):
     names = {"noise": ["noise", "decode"], "base": ["base", "stage-1", "decode"]}[VARIANTS[variant].start]
     assert [stage["stage"] for stage in found["stages"]] == (["base", "upsample"] if variant == "upsample" else names)
     assert found["reason"] is None and all(stage["finite"] for stage in found["stages"])
+    assert (found["composed_seconds"] is None) == (variant == "diffusehigh")
     assert found["peak_gb"] == max(stage["peak_gb"] for stage in found["stages"]) > 0
 
 

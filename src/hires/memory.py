@@ -196,7 +196,8 @@ def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, A
     """One row: every stage and the decoding, each with seconds, peak memory and whether all its numbers are finite.
 
     `seconds` of a stage are measured, `composed_seconds` are those plus the published steps that were left out, each as
-    long as the last steps' median. What the first step compiles counts in both.
+    long as the last steps' median. What the first step compiles counts in both. DiffuseHigh's are not composed: its
+    guided steps take longer than the others.
     """
     import torch
 
@@ -225,7 +226,8 @@ def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, A
     except torch.OutOfMemoryError as error:
         found["reason"] = f"out of memory after {len(found['stages'])} stages: {str(error).splitlines()[0][:160]}"
     if not found["reason"]:
-        found["composed_seconds"] = sum(stage["composed_seconds"] for stage in found["stages"])
+        parts = [stage["composed_seconds"] for stage in found["stages"]]
+        found["composed_seconds"] = None if None in parts else sum(parts)
         found["peak_gb"] = max(stage["peak_gb"] for stage in found["stages"])
     return found
 
@@ -238,7 +240,7 @@ def _stages(backbone: "Backbone", row: Row, steps: int) -> Iterator[dict[str, An
     every = Sampling.of(num_inference_steps=steps, tau=1000)  # the whole of a short schedule in each stage
     last = None
     for last in cascade(backbone, [PROMPT], [0], variant, row.height, row.width, every, callback=watch):
-        yield _told(last, watch.steps.get(last.name, []), backbone)
+        yield _told(last, watch.steps.get(last.name, []), backbone, variant.dwt and last.name != "base")
     assert last is not None
     if last.pixels is not None and last.name == "upsample":
         return
@@ -257,7 +259,7 @@ def _stages(backbone: "Backbone", row: Row, steps: int) -> Iterator[dict[str, An
     }
 
 
-def _told(stage: "Stage", seconds: list[float], backbone: "Backbone") -> dict[str, Any]:
+def _told(stage: "Stage", seconds: list[float], backbone: "Backbone", uneven: bool) -> dict[str, Any]:
     from statistics import median
 
     defaults = backbone.defaults
@@ -276,7 +278,7 @@ def _told(stage: "Stage", seconds: list[float], backbone: "Backbone") -> dict[st
         "published_steps": published,
         "seconds": stage.seconds,
         "seconds_per_step": step,
-        "composed_seconds": stage.seconds + (published - stage.steps) * step,
+        "composed_seconds": None if uneven else stage.seconds + (published - stage.steps) * step,
         "peak_gb": stage.peak_bytes / GB,
         "finite": _finite(made),
     }
@@ -310,32 +312,37 @@ def line(found: dict[str, Any]) -> str:
         return f"{found['row']}: {found['reason']}"
     parts = ", ".join(f"{stage['stage']} {stage['seconds']:.1f} s" for stage in found["stages"])
     odd = "" if all(stage["finite"] for stage in found["stages"]) else "; NOT FINITE"
-    return f"{found['row']}: {found['composed_seconds']:.0f} s, {found['peak_gb']:.1f} GB ({parts} measured{odd})"
+    whole = "–" if found["composed_seconds"] is None else f"{found['composed_seconds']:.0f}"
+    return f"{found['row']}: {whole} s, {found['peak_gb']:.1f} GB ({parts} measured{odd})"
 
 
 # --- beforehand and afterwards ------------------------------------------------------------------------------------
 
-RATES = {"flux-dev": 350e12, "sdxl": 150e12}  # FLOP/s of one H200, eager
-PIXEL = {"flux-dev": 0.35e-6, "sdxl": 0.5e-6}  # seconds of VAE a pixel, one way
+COUNTED = {"flux-dev": ("flux-dev", 350e12), "sdxl": ("sdxl", 150e12), "flux2-klein": ("flux-dev", 1000e12)}
+PIXEL = {"flux-dev": 0.35e-6, "sdxl": 0.5e-6, "flux2-klein": 0.35e-6}  # seconds of VAE a pixel, one way
 LOADING = {"none": 25, "model": 45, "group": 100}  # seconds
 
 
 def seconds(row: Row, load: Load, steps: int) -> float | None:
-    """About how long a row takes on one H200, loading aside; None for models that were never counted."""
+    """About how long a row takes on one H200, loading aside; None for models that were never counted.
+
+    `COUNTED`: architecture and FLOP/s; FLUX.2 [klein] is a third of FLUX.1.
+    """
     from hires.settings import Sampling
     from hires.stages.arithmetic import ARCHITECTURES, step_flop
     from hires.variants import Variant
 
-    if load.model not in RATES:
+    if load.model not in COUNTED:
         return None
+    name, rate = COUNTED[load.model]
     variant, sampling, size = VARIANTS[row.variant], Sampling(), (row.height, row.width)
     base, *larger = stage_sizes(*size, 1024, 64, variant.stages)
     sizes = [size] if variant.start == "noise" else larger if variant.denoise else []
-    flop = sum(step_flop(ARCHITECTURES[load.model], size, base, variant, sampling) for size in sizes)
-    flop += step_flop(ARCHITECTURES[load.model], base, base, Variant(), sampling)
-    pixels = 2 * sum(height * width for height, width in sizes or [size])  # encoded and decoded
+    flop = sum(step_flop(ARCHITECTURES[name], size, base, variant, sampling) for size in sizes)
+    flop += step_flop(ARCHITECTURES[name], base, base, Variant(), sampling)
+    pixels = 2 * (1 + steps * variant.dwt) * sum(h * w for h, w in sizes or [size])  # encoded and decoded
     moved = {"none": 0, "model": 8 * (1 + len(sizes)), "group": 3 * (1 + len(sizes)) * steps}[load.offload]
-    return 2 + steps * flop / RATES[load.model] + pixels * PIXEL[load.model] + moved
+    return 2 + steps * flop / rate + pixels * PIXEL[load.model] + moved
 
 
 def plan(loads: dict[str, Load], wanted: list[Row], steps: int) -> str:
