@@ -7,116 +7,29 @@ neutral extra changes nothing.
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import (
-    ControlNetModel,
-    FluxControlNetModel,
-    FluxControlNetPipeline,
     FluxImg2ImgPipeline,
     FluxMultiControlNetModel,
     MultiControlNetModel,
-    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
 )
+from extended import FAMILIES, controlnet, picture, with_controlnet, with_ip_adapter, wrapped
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import hires
-from hires.backbones import Backbone
 from hires.backbones.flux import unpack
 from hires.cascade import cascade, preview
 from hires.errors import HiresError
 from hires.extras import Extras
-from hires.models import HINTS, build_pipeline
+from hires.models import build_pipeline
+from hires.offload import KINDS, offload_parts
 from hires.settings import Sampling
 from hires.variants import VARIANTS, Variant
 
 PROMPTS = ["three red cubes", "a blue ball"]
 FAST = Sampling(num_inference_steps=3, guidance_scale=2.0, tau=600, vae_tiling=False)
-FAMILIES = ["tiny-flux", "tiny-sdxl"]
-
-
-def picture(height=128, width=128, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
-
-
-def drawn(model, seed=5):
-    """Every parameter anew: what training starts from zero would hide whether an extra acts."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return model.eval().requires_grad_(False)
-
-
-def controlnet(family, pipe, seed=5, **changes):
-    if family == "tiny-flux":
-        config = dict(pipe.transformer.config) | {"num_layers": 1, "num_single_layers": 1} | changes
-        return drawn(FluxControlNetModel.from_config(config), seed)
-    return drawn(ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16, 16, 8)), seed)
-
-
-def with_controlnet(family, net):
-    pipe = build_pipeline(family)
-    sibling = FluxControlNetPipeline if family == "tiny-flux" else StableDiffusionXLControlNetPipeline
-    parts = {name: part for name, part in pipe.components.items() if name != "controlnet"}
-    pipe = sibling(**parts, controlnet=net(pipe))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def wrapped(pipe, family):
-    return Backbone.from_pipeline(pipe, family, HINTS[family])
-
-
-def image_encoder():
-    torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=32, patch_size=8,
-        projection_dim=24,
-    )  # fmt: skip
-    return CLIPVisionModelWithProjection(config).eval()
-
-
-def ip_adapter(family, pipe, seed=2):
-    """A state dict as the published adapters have it, which diffusers loads."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator) * 0.3
-
-    width = 24
-    if family == "tiny-flux":
-        config, inner = pipe.transformer.config, pipe.transformer.inner_dim
-        attention = {}
-        for block in range(config.num_layers):
-            for name in ("to_k_ip", "to_v_ip"):
-                attention[f"{block}.{name}.weight"] = draw(inner, config.joint_attention_dim)
-                attention[f"{block}.{name}.bias"] = draw(inner)
-        across = config.joint_attention_dim
-    else:
-        across = pipe.unet.config.cross_attention_dim
-        attention = {}
-        for index, (name, _) in enumerate(pipe.unet.attn_processors.items()):
-            if name.endswith("attn2.processor"):
-                inner = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-                for part in ("to_k_ip", "to_v_ip"):
-                    attention[f"{index}.{part}.weight"] = draw(inner, across)
-    projection = {
-        "proj.weight": draw(4 * across, width), "proj.bias": draw(4 * across), "norm.weight": torch.ones(across),
-        "norm.bias": torch.zeros(across),
-    }  # fmt: skip
-    return {"image_proj": projection, "ip_adapter": attention}
-
-
-def with_ip_adapter(family, adapters=1):
-    from transformers import CLIPImageProcessor
-
-    pipe = build_pipeline(family)
-    feature_extractor = CLIPImageProcessor(size=32, crop_size=32)
-    pipe.register_modules(image_encoder=image_encoder(), feature_extractor=feature_extractor)
-    model = pipe.transformer if family == "tiny-flux" else pipe.unet
-    model._load_ip_adapter_weights([ip_adapter(family, pipe, seed) for seed in range(adapters)])
-    return pipe
 
 
 def stock(pipe, family, size=(128, 128), prompts=PROMPTS[0], seed=4, **options):
@@ -379,6 +292,89 @@ def test_loras_act_as_in_the_stock_pipeline_and_in_every_stage(family):
     assert (made[0] - bare).abs().mean() > 1e-3 and (made[0] - made[1]).abs().mean() > 1e-4
     pipe.fuse_lora(adapter_names=["one", "two"])
     close(ours(backbone, "scalediff", size, base=base), made[1], 1e-4)
+
+
+# --- where weights rest, how they are stored and run --------------------------------------------------------------
+
+
+def offloaded(pipe, model, way):
+    """diffusers' own ways, on the CPU as the device."""
+    if way == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif way == "leaf_level":
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    elif way == "block_level":
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    else:  # accelerate's, which leaves no weight on any device but while its layer runs
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                add_hook_to_module(module, AlignDevicesHook(execution_device=torch.device("cpu"), offload=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["model", "leaf_level", "block_level", "sequential"])
+def test_offloaded_models_make_the_same_image(family, way):
+    want = ours(wrapped(build_pipeline(family), family), "scalediff", (192, 192))
+    pipe = build_pipeline(family)
+    backbone = wrapped(pipe, family)
+    offloaded(pipe, backbone.model, way)
+    if way == "sequential":
+        assert next(backbone.model.parameters()).device.type == "meta"
+    close(ours(backbone, "scalediff", (192, 192)), want)
+    backbone.free()
+    close(ours(backbone, "scalediff", (192, 192)), want)
+
+
+def test_an_ip_adapter_and_a_controlnet_are_offloaded_too():
+    want, got = None, None
+    for way in (None, "model", "leaf_level"):
+        pipe = with_controlnet("tiny-flux", lambda pipe: controlnet("tiny-flux", pipe))
+        if way:
+            offloaded(pipe, pipe.transformer, way)
+        got = ours(wrapped(pipe, "tiny-flux"), "npa", (192, 192), extras=Extras(picture()))
+        want = got if want is None else want
+        close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_models_make_the_same_image_on_a_gpu(family, kind):
+    pipe = build_pipeline(family)
+    pipe.to("cuda")
+    want = ours(wrapped(pipe, family), "scalediff", (192, 192)).cpu()
+    pipe = build_pipeline(family)
+    offload_parts(pipe, kind, torch.device("cuda"))
+    for _ in range(2):
+        torch.testing.assert_close(ours(wrapped(pipe, family), "scalediff", (192, 192)).cpu(), want, atol=1e-3, rtol=0)
+        pipe.maybe_free_model_hooks()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_storage_is_the_stock_pipelines(family):
+    pipe = build_pipeline(family)
+    backbone = wrapped(pipe, family)
+    plain = ours(backbone)
+    backbone.model.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert backbone.dtype == torch.float32
+    close(ours(backbone), stock(pipe, family))
+    assert not torch.equal(ours(backbone), plain)
+    assert ours(backbone, "scalediff", (192, 192)).isfinite().all()
+
+
+@pytest.mark.parametrize("family, way", [("tiny-flux", "whole"), ("tiny-sdxl", "blocks")])
+def test_compiled_models_follow_the_change_of_processors(family, way):
+    base = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = wrapped(build_pipeline(family), family)
+    pipe = build_pipeline(family)
+    part = "transformer" if family == "tiny-flux" else "unet"
+    if way == "whole":
+        setattr(pipe, part, torch.compile(getattr(pipe, part), backend="eager"))
+    else:
+        getattr(pipe, part).compile_repeated_blocks(backend="eager")
+    compiled = wrapped(pipe, family)
+    for variant in ("npa", "dense+lfm+sg", "npa"):
+        close(*(ours(backbone, variant, (192, 192), base=base) for backbone in (compiled, plain)))
 
 
 # --- images of several prompts, pipelines of the family, previews ---------------------------------------------------

@@ -70,7 +70,7 @@ class Extras:
         if images and not nets:
             raise HiresError(
                 "a control image, but the pipeline has no ControlNet: make one that has, with "
-                "FluxControlNetPipeline.from_pipe(pipe, controlnet=…) or its SDXL sibling"
+                "FluxControlNetPipeline.from_pipe(pipe, controlnet=…, dtype=pipe.dtype) or its SDXL sibling"
             )
         if images and len(nets) == 1 and controlnet is not nets[0] and getattr(nets[0], "union", False):
             nets = nets * len(images)  # diffusers runs a union ControlNet in a list once for every image

@@ -140,10 +140,12 @@ def record(
     sampling: Sampling,
     strength: float | None = None,
     image: dict[str, str] | None = None,
+    additions: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that made an image, as JSON-ready values: enough to make it again.
 
-    `image` says which picture of your own took the base's place: file name and SHA-256.
+    `image` says which picture of your own took the base's place: file name and SHA-256. `additions`: what was added
+    (`hires.additions.Additions.record`).
     """
     import diffusers
 
@@ -162,6 +164,7 @@ def record(
         "width": stage.width,
         "strength": strength,
         "image": image,
+        "additions": additions,
         "sampling": sampling.over(backbone.defaults).model_dump(),
         "versions": {
             "hires": hires.__version__,

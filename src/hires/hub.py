@@ -26,6 +26,7 @@ from huggingface_hub.utils import get_token
 from hires.errors import HiresError
 
 CLIP_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
+CONTROLNET_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 LOCAL = "fetch it elsewhere (hf download) and give its folder"
 RIGHTS = "https://huggingface.co/settings/tokens"
 NO_PIPELINE = "it is no diffusers pipeline with safetensors weights"
@@ -54,6 +55,13 @@ def download_clip(source: str) -> Path:
     repo, _, revision = source.partition("@")
     with explained(source):
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=CLIP_FILES))
+
+
+def download_controlnet(source: str) -> Path:
+    """Folder of a ControlNet, configuration and safetensors weights; errors as of `download_pipeline`."""
+    repo, _, revision = source.partition("@")
+    with explained(source):
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=CONTROLNET_FILES))
 
 
 def cached(source: str, file: str = "model_index.json") -> Path | None:

@@ -38,6 +38,7 @@ class Picture(BaseModel):
 class Recipe(BaseModel):
     """All that an image is a function of. Sides are pixels; `sampling` states every setting.
 
+    `additions`: LoRAs, ControlNets and IP-Adapters with their images, and a crop, in words.
     `adapters`: the LoRAs that acted, name -> digest (`hires.adapters.adapter_digests`); older records have none.
     `places`: where a configuration says that LoRAs of variants lie.
     """
@@ -57,12 +58,13 @@ class Recipe(BaseModel):
     image: Picture | None
     sampling: Sampling
     versions: dict[str, str]
+    additions: dict[str, Any] | None = None
     adapters: dict[str, str] = {}
     places: dict[str, Path] = {}
 
 
 RECORDED = [name for name, field in Recipe.model_fields.items() if field.is_required()]
-KNOWN = [*RECORDED, "adapters", "stage"]
+KNOWN = [*RECORDED, "additions", "adapters", "stage"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -212,6 +214,11 @@ def load(recipe: Recipe, model: str | None = None, device: str | None = None) ->
 
     if recipe.revision is None:
         raise HiresError("the record names no revision: the image was made from a pipeline in memory, not from a model")
+    if recipe.additions:
+        raise HiresError(
+            f"made with {', '.join(recipe.additions)}, which aren't in the image: give them to hires generate, with "
+            "the settings that hires show FILE prints"
+        )
     weights = "random" if recipe.revision == "random" else "pretrained"
     backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights)  # type: ignore[arg-type]
     backbone.adapters = recipe.places

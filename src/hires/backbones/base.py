@@ -47,6 +47,7 @@ class Backbone(ABC):
     without: tuple[str, ...] = ()  # settings that mean nothing to the family
     cuda_dtype: ClassVar[torch.dtype] = torch.bfloat16  # what its weights are loaded in on a GPU
     controlnet_class: ClassVar[Any] = None
+    controlnet_pipeline: ClassVar[Any] = None
     controlnet_facts: ClassVar[tuple[str, ...]] = ()  # what its configuration shares with the model's
 
     def __init_subclass__(cls) -> None:
@@ -56,6 +57,7 @@ class Backbone(ABC):
         self.pipe = pipe
         self.name = name
         self.revision = revision
+        self._hints = hints
         self._without_text = revision == "random" and pipe.text_encoder is None
         self.base_resolution = int(hints.get("base_resolution", self._trained_resolution()))
         self.size_multiple = int(hints.get("size_multiple", 64))
@@ -188,6 +190,12 @@ class Backbone(ABC):
                 raise HiresError(
                     f"the ControlNet is of another architecture: its {fact} is {theirs}, this model's {ours}"
                 )
+
+    def with_controlnets(self, nets: list[Any]) -> Self:
+        """The same model in its family's ControlNet pipeline; HiresError for a ControlNet of another model."""
+        given = nets[0] if len(nets) == 1 else nets
+        pipe = self.controlnet_pipeline.from_pipe(self.pipe, controlnet=given, dtype=self.pipe.dtype)
+        return type(self)(pipe, self.name, self._hints, self.revision)
 
     def check_extras(self, extras: Extras) -> None:
         """Raise HiresError unless the pipeline has a ControlNet and an IP-Adapter for these images, and just those."""

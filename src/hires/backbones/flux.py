@@ -66,6 +66,7 @@ class Flux(Backbone):
     siblings = (FluxControlNetPipeline, FluxImg2ImgPipeline, FluxControlNetImg2ImgPipeline)
     without = ("time_ids",)
     controlnet_class = FluxControlNetModel
+    controlnet_pipeline = FluxControlNetPipeline
     controlnet_facts = (
         "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
         "axes_dims_rope",

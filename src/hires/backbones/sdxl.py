@@ -33,6 +33,7 @@ class SDXL(Backbone):
     )
     without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale", "step_cache")
     controlnet_class = ControlNetModel
+    controlnet_pipeline = StableDiffusionXLControlNetPipeline
     controlnet_facts = (
         "in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type",
         "projection_class_embeddings_input_dim",

@@ -7,10 +7,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hires.errors import HiresError, unknown
 from hires.variants import VARIANTS, variant
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,33 +23,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiny-flux, tiny-sdxl, flux-dev, flux-schnell, flux2-klein, flux2-klein-base, sdxl, a folder or hub id",
     )
     parser.add_argument("--prompt", required=True, help="what the image shows")
+    parser.add_argument("--negative-prompt", help="what it should not show; FLUX.1: with --set true_cfg_scale=2")
     parser.add_argument("--size", default="512", help="HEIGHTxWIDTH in pixels, or the side of a square")
     parser.add_argument("--variant", default="scalediff", help=", ".join(VARIANTS))
     parser.add_argument("--seed", type=int, default=0, help="the image's seed, 0 or more")
+    parser.add_argument("--images", type=int, default=1, help="how many, with the seeds from --seed on: <out>-<seed>")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling setting, e.g. tau=300; repeatable"
     )
-    parser.add_argument("--image", type=Path, help="your own image, in the place of the base image")
-    parser.add_argument("--strength", type=float, help="share of your image that is redrawn, above 0 and up to 1")
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write")
     parser.add_argument("--all-stages", action="store_true", help="also write every stage, as <out>-<stage>.png")
-    parser.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--gpus", type=int, default=1, help="GPUs of this machine that share one image (FLUX.1 with npa; default: 1)"
+    parser.add_argument("--preview", action="store_true", help="show every stage but the last, small, in the terminal")
+
+    own = parser.add_argument_group("your own image")
+    own.add_argument("--image", type=Path, help="takes the place of the base image; of the target's aspect ratio")
+    own.add_argument("--strength", type=float, help="share of it that is redrawn, above 0 and up to 1; none: tau/1000")
+    own.add_argument("--crop", action="store_true", help="cut images around their centre to the target's aspect ratio")
+
+    added = parser.add_argument_group("added to the model", "each may be given several times")
+    added.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="safetensors file or folder; weight: 1"
     )
-    parser.add_argument(
+    added.add_argument("--controlnet", action="append", default=[], help="diffusers folder or hub id of a ControlNet")
+    added.add_argument("--control-image", action="append", default=[], type=Path, help="one for each ControlNet")
+    added.add_argument(
+        "--controlnet-conditioning-scale", type=float, default=1.0, metavar="SCALE", help="weight of the ControlNets"
+    )
+    added.add_argument(
+        "--control-guidance-start", type=float, default=0.0, metavar="SHARE", help="of the schedule, where they begin"
+    )
+    added.add_argument(
+        "--control-guidance-end", type=float, default=1.0, metavar="SHARE", help="of the schedule, where they end"
+    )
+    added.add_argument("--control-mode", type=int, metavar="MODE", help="kind of image, for FLUX's union ControlNets")
+    added.add_argument("--ip-adapter", action="append", default=[], type=Path, help="safetensors file of an IP-Adapter")
+    added.add_argument("--image-encoder", type=Path, help="folder of the CLIP vision model that it needs")
+    added.add_argument("--ip-adapter-image", action="append", default=[], type=Path, help="one for each IP-Adapter")
+    added.add_argument("--ip-adapter-scale", type=float, default=1.0, metavar="SCALE", help="weight of the IP-Adapters")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="torch device; none: cuda where there is one, else cpu")
+    machine.add_argument("--gpus", type=int, default=1, help="GPUs of this machine that share one image (FLUX.1, npa)")
+    machine.add_argument("--dtype", help="float32, float16 or bfloat16; none: by model and device")
+    machine.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
+    machine.add_argument("--offload", metavar="KIND", help="parts wait in main memory: model, group or sequential")
+    machine.add_argument(
+        "--compile", action="store_true", help="compile the model's blocks: a minute a size, then faster"
+    )
+    machine.add_argument(
         "--preset", help="fast: 8-bit linear layers, cheaper text rows, extrapolated steps; --set goes over it"
     )
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: by model and device")
-    parser.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from PIL import PngImagePlugin
-
+    from hires.additions import Additions, parse_lora
     from hires.settings import PRESETS, Sampling
     from hires.sizes import parse_size
-    from hires.storage import replacing, sha256
+    from hires.storage import sha256
     from hires.untrusted import read_picture
 
     height, width = parse_size(args.size)
@@ -54,50 +87,113 @@ def run(args: argparse.Namespace) -> int | None:
     if args.preset not in (None, *PRESETS):
         raise unknown("preset", args.preset, PRESETS)
     given = parse_settings(args.set)
+    if args.negative_prompt is not None:
+        given["negative_prompt"] = args.negative_prompt
     Sampling.of(**given)
     if args.out.suffix.lower() != ".png":
         raise HiresError(f"--out {args.out}: only PNG carries the parameters: give a name that ends with .png")
     if not args.out.parent.is_dir():
         raise HiresError(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    if args.images < 1:
+        raise HiresError(f"--images {args.images}: allowed: 1 or more")
+    if args.preview and not sys.stderr.isatty():
+        raise HiresError("--preview draws in a terminal, and stderr is none: leave it out, or use --all-stages")
     image, picture = None, None
     if args.image:
         image = read_picture(args.image, f"--image {args.image}")
         picture = {"file": args.image.name, "sha256": sha256(args.image)}
-
-    from hires import parallel
+    additions = Additions(
+        loras=[parse_lora(text) for text in args.lora],
+        controlnets=args.controlnet,
+        control_images=args.control_image,
+        controlnet_conditioning_scale=args.controlnet_conditioning_scale,
+        control_guidance_start=args.control_guidance_start,
+        control_guidance_end=args.control_guidance_end,
+        control_mode=args.control_mode,
+        ip_adapters=args.ip_adapter,
+        image_encoder=args.image_encoder,
+        ip_adapter_scale=args.ip_adapter_scale,
+        ip_adapter_images=args.ip_adapter_image,
+        crop=args.crop,
+    )
+    additions.check()
+    from hires import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
 
     if args.gpus < 1:
         raise HiresError(f"--gpus {args.gpus}: must be at least 1")
     if args.gpus > 1 and not parallel.launched():
         return parallel.launch(args.gpus, args.argv)
 
-    from hires.backbones import Backbone, load  # seconds to import: not for an argument that is wrong anyway
+    from hires.backbones import Backbone, load
     from hires.cascade import Stage, decode
+    from hires.cascade import preview as small
     from hires.generation import record
     from hires.generation import run as stages
 
-    def save(backbone: Backbone, stage: Stage, path: Path) -> None:
-        info = PngImagePlugin.PngInfo()
-        parameters = record(backbone, args.prompt, args.seed, args.variant, stage, sampling, args.strength, picture)
-        info.add_text("parameters", json.dumps(parameters))
+    def prepare(backbone: Backbone) -> Backbone:
+        backbone = additions.add(backbone)
+        if args.compile:
+            from hires.compilation import compile_blocks
+
+            for model in (backbone.model, *backbone.controlnets):
+                compile_blocks(model)
+        return backbone
+
+    def save(stage: Stage, path: Path, seed: int) -> None:
+        told = record(
+            backbone, args.prompt, seed, args.variant, stage, sampling, args.strength, picture, additions.record()
+        )
         made = decode(backbone, stage, sampling.vae_tiling)[0]
         if parallel.first():
-            with replacing(path) as temporary:
-                made.save(temporary, "PNG", pnginfo=info)
+            write_png(made, path, told)
 
     with parallel.joined(args.device) as device, ProgressBar() as progress:
-        backbone = load(args.model, device, args.dtype, args.weights)
+        backbone = load(args.model, device, args.dtype, args.weights, args.offload, prepare)
         sampling = Sampling.of(**{**backbone.preset(args.preset), **given})
-        stage = None
-        for stage in stages(
-            backbone, [args.prompt], [args.seed], chosen, height, width, sampling, image, args.strength, progress.update
-        ):
-            if args.all_stages:
-                save(backbone, stage, args.out.with_stem(f"{args.out.stem}-{stage.name}"))
-        assert stage is not None
-        save(backbone, stage, args.out)
-    print(args.out)
+        for seed in range(args.seed, args.seed + args.images):
+            out = args.out if args.images == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
+            stage = None
+            for stage in stages(
+                backbone, [args.prompt], [seed], chosen, height, width, sampling, image, args.strength,
+                progress.update, additions.extras(), additions.crop,
+            ):  # fmt: skip
+                if args.all_stages:
+                    save(stage, out.with_stem(f"{out.stem}-{stage.name}"), seed)
+                if args.preview and parallel.first() and (stage.height, stage.width) != (height, width):
+                    progress.close()
+                    print(blocks(small(backbone, stage)[0]), file=sys.stderr)
+            assert stage is not None
+            save(stage, out, seed)
+            backbone.free()
+            if parallel.first():
+                print(out)
     return None
+
+
+def write_png(image: "Image.Image", path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG that carries its record."""
+    from PIL import PngImagePlugin
+
+    from hires.storage import replacing
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", json.dumps(record))
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
+
+
+def blocks(image: "Image.Image", columns: int = 64) -> str:
+    """An image in characters, two pixels each, one above the other: colours of 24 bits by ANSI escape sequences."""
+    import numpy as np
+
+    rows = max(1, round(image.height * columns / image.width / 2))
+    pixels = np.asarray(image.convert("RGB").resize((columns, 2 * rows)))
+
+    def cell(x: int, y: int) -> str:
+        upper, lower = (";".join(map(str, pixels[2 * y + half, x])) for half in (0, 1))
+        return f"\x1b[38;2;{upper};48;2;{lower}m▀"
+
+    return "\n".join("".join(cell(x, y) for x in range(columns)) + "\x1b[0m" for y in range(rows))
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:
@@ -122,6 +218,9 @@ class ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -129,7 +228,6 @@ class ProgressBar:
         from tqdm import tqdm
 
         if step == 1:
-            if self.bar is not None:
-                self.bar.close()
+            self.close()
             self.bar = tqdm(total=steps, desc=stage, unit="step", file=sys.stderr, disable=None)
         self.bar.update()

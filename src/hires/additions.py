@@ -1,0 +1,159 @@
+"""What a command adds to a model and a prompt: LoRAs, ControlNets, IP-Adapters and the images for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hires.errors import HiresError
+from hires.storage import sha256
+from hires.untrusted import read_picture
+
+if TYPE_CHECKING:
+    from hires.backbones import Backbone
+    from hires.extras import Extras
+
+
+@dataclass(frozen=True)
+class Additions:
+    """LoRAs with their weights, ControlNets (folder or hub id) and IP-Adapters (file), each with its images."""
+
+    loras: Sequence[tuple[Path, float]] = ()
+    controlnets: Sequence[str] = ()
+    control_images: Sequence[Path] = ()
+    controlnet_conditioning_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
+    control_mode: int | None = None
+    ip_adapters: Sequence[Path] = ()
+    image_encoder: Path | None = None
+    ip_adapter_scale: float = 1.0
+    ip_adapter_images: Sequence[Path] = ()
+    crop: bool = False
+
+    def check(self) -> None:
+        """HiresError for what is missing or can't be read; nothing heavy is imported."""
+        for flag, files in (("--control-image", self.control_images), ("--ip-adapter-image", self.ip_adapter_images)):
+            for file in files:
+                read_picture(file, f"{flag} {file}")
+        if self.ip_adapters and self.image_encoder is None:
+            raise HiresError("--ip-adapter: its image encoder is another folder: name it with --image-encoder")
+        for file in self.ip_adapters:
+            if file.suffix != ".safetensors" or not file.is_file():
+                raise HiresError(f"--ip-adapter {file}: give a safetensors file")
+
+    def extras(self) -> "Extras":
+        """The images, and how they act."""
+        from hires.extras import Extras
+
+        return Extras(
+            control_image=[read_picture(file, file) for file in self.control_images] or None,
+            controlnet_conditioning_scale=self.controlnet_conditioning_scale,
+            control_guidance_start=self.control_guidance_start,
+            control_guidance_end=self.control_guidance_end,
+            control_mode=self.control_mode,
+            ip_adapter_image=[read_picture(file, file) for file in self.ip_adapter_images] or None,
+        )
+
+    def add(self, backbone: "Backbone") -> "Backbone":
+        """The model with LoRAs, ControlNets and IP-Adapters; HiresError for one that doesn't belong to it."""
+        if self.controlnets:
+            backbone = backbone.with_controlnets([_controlnet(backbone, source) for source in self.controlnets])
+        if self.ip_adapters:
+            _add_ip_adapters(backbone, self.ip_adapters, self.image_encoder, self.ip_adapter_scale)
+        if self.loras:
+            from hires.lora import load_lora
+
+            names = [f"{index}-{file.stem}".replace(".", "-") for index, (file, _) in enumerate(self.loras, 1)]
+            for name, (file, _) in zip(names, self.loras, strict=True):
+                load_lora(backbone.pipe, file, name)
+            backbone.pipe.set_adapters(names, [weight for _, weight in self.loras])
+        return backbone
+
+    def record(self) -> dict[str, Any] | None:
+        """What was added, with the SHA-256 of every file, as JSON-ready values; None where nothing was."""
+        told: dict[str, Any] = {}
+        if self.loras:
+            told["loras"] = [{"file": file.name, "weight": weight} for file, weight in self.loras]
+        if self.controlnets:
+            told["controlnets"] = [
+                {"source": source, "sha256": _weights_digest(_folder(source))} for source in self.controlnets
+            ]
+            told["control_images"] = _told(self.control_images)
+            names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+            told |= {name: getattr(self, name) for name in names}
+        if self.ip_adapters:
+            told["ip_adapters"] = _told(self.ip_adapters)
+            told["ip_adapter_images"] = _told(self.ip_adapter_images)
+            told["ip_adapter_scale"] = self.ip_adapter_scale
+        if self.crop:
+            told["crop"] = True
+        return told or None
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """ "style.safetensors:0.8" -> (path, 0.8); the weight is 1 where none is given."""
+    path, colon, weight = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise HiresError(f"--lora {text}: give PATH or PATH:WEIGHT, for example style.safetensors:0.8") from None
+
+
+def _told(files: Sequence[Path]) -> list[dict[str, str]]:
+    return [{"file": file.name, "sha256": sha256(file)} for file in files]
+
+
+def _folder(source: str) -> Path:
+    """The folder of a ControlNet: a local one, or that of the hub's cache."""
+    from hires.hub import download_controlnet
+
+    path = Path(source).expanduser()
+    return path if path.is_dir() else download_controlnet(source)
+
+
+def _weights_digest(folder: Path) -> str:
+    """SHA-256 over the SHA-256 of each weight file."""
+    from hires.storage import digest
+
+    return digest([[file.name, sha256(file)] for file in sorted(folder.glob("*.safetensors"))])
+
+
+def _controlnet(backbone: "Backbone", source: str) -> Any:
+    from hires.untrusted import read_table
+
+    wanted, folder = backbone.controlnet_class, _folder(source)
+    if wanted is None:
+        raise HiresError(f"--controlnet {source}: ControlNets of {backbone.family} models are not known here")
+    if not (folder / "config.json").is_file():
+        raise HiresError(f"--controlnet {source}: the folder {folder} has no config.json: give a diffusers ControlNet")
+    name = read_table(folder / "config.json").get("_class_name")
+    if name != wanted.__name__:
+        raise HiresError(f"--controlnet {source} holds a {name}: a {backbone.family} model takes a {wanted.__name__}")
+    try:
+        return wanted.from_pretrained(folder, dtype=backbone.dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HiresError(f"--controlnet {source}: diffusers cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def _add_ip_adapters(backbone: "Backbone", files: Sequence[Path], encoder: Path | None, scale: float) -> None:
+    """Load IP-Adapters from safetensors files, with the CLIP vision model that they were trained with."""
+    from safetensors import SafetensorError
+    from transformers import CLIPVisionModelWithProjection
+
+    pipe = backbone.pipe
+    if not hasattr(pipe, "load_ip_adapter"):
+        raise HiresError(f"--ip-adapter: a {type(pipe).__name__} takes none: leave it or the ControlNet out")
+    try:
+        pipe.register_modules(image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=pipe.dtype))
+        names = [file.name for file in files]
+        pipe.load_ip_adapter([str(file.parent) for file in files], weight_name=names, subfolder="")
+    except SafetensorError:
+        raise HiresError(f"--ip-adapter {files[0]} is cut short or no safetensors file: fetch it again") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        told = ", ".join(map(str, files))
+        raise HiresError(f"--ip-adapter {told} does not fit this model or image encoder: {reason}") from None
+    pipe.set_ip_adapter_scale(scale)
