@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import results_tree
+import torch
 from matplotlib import colors
 from PIL import Image
 
@@ -293,3 +294,25 @@ def test_method_figures(tmp_path):
     assert has_colour(drawn(figures.cost([1, 2, 4], 8), tmp_path), "#cc6677")
     weights = pd.DataFrame({"family": "flux", "form": "sigma", "step": range(4), "weight": [0.8, 0.6, 0.3, 0.1]})
     assert has_colour(drawn(figures.guidance_weight(weights), tmp_path), "#332288")
+
+
+def test_latents_of_one_vae_are_drawn_once():
+    torch.manual_seed(0)
+    one, other = torch.randn(1, 2, 32, 32), torch.randn(1, 2, 32, 32)
+    curves = figures.latent_spectra({"a": {"z": one}, "b": {"z": other}, "c": {"z": one.clone()}})
+    assert set(curves["backbone"]) == {"a, c", "b"}
+    axes = figures.band_spectra(curves).axes
+    assert {axis.get_title() for axis in axes} == {"a, c", "b"}
+    assert all("cycles/latent pixel" in axis.get_xlabel() for axis in axes)
+
+
+def test_true_images_say_where_they_are_halved(tmp_path):
+    results = Results.open(results_tree.build(tmp_path))
+    shown = tables.scores(results.scores("main"))
+    true, others = shown[shown["variant"] == TRUE], shown[shown["variant"] != TRUE]
+    halved = [tables.metric(name).title for name in ("fid", "kid", "kid_patch")]
+    assert true[halved].map(lambda cell: cell.endswith(" ½")).all(axis=None)
+    assert not others.map(lambda cell: "½" in str(cell)).any(axis=None)
+    assert not true.drop(columns=halved).map(lambda cell: str(cell).endswith("½")).any(axis=None)
+    note = "one half of them against the other"
+    assert note in figures.scores(results.scores("main", setting="default", backbone="tiny-flux")).get_supxlabel()

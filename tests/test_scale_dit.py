@@ -152,7 +152,7 @@ def joint(model, image, low, text, pooled, t, guidance, grid, low_grid, mask, sc
         ((8, 12), (2, 3), {"radius": 2}),
         ((8, 8), (4, 4), {"radius": 3}),
         ((8, 12), (4, 6), {"window": 4}),
-        ((12, 8), (3, 2), {"radius": 4, "neighbours": "all", "order": "window"}),
+        ((12, 8), (3, 2), {"radius": 4, "guidance_neighbours": "all", "order": "window"}),
         ((8, 12), (2, 3), {"radius": 2, "scaled": False}),
     ],
     ids=str,
@@ -167,7 +167,7 @@ def test_cached_keys_are_those_of_the_joint_sequence(pipe, grid, low_grid, form)
     text, pooled = torch.randn(2, 5, 128).double(), torch.randn(2, 128).double()
     size, low_size = ((2 * h, 2 * w) for h, w in (grid, low_grid))
     order = form.pop("order", "hilbert")
-    neighbours = {"neighbours": form.pop("neighbours", "row")}
+    neighbours = form.pop("guidance_neighbours", "row")
     with adapter_switched(model, "scale-dit", True):
         guidance = low_resolution_pass(
             model, low, pooled, low_size=low_size, size=size, scaled=scaled, order=order, **form
@@ -175,14 +175,16 @@ def test_cached_keys_are_those_of_the_joint_sequence(pipe, grid, low_grid, form)
     ids = anchors(grid, grid, True, torch.device("cpu"))
     with (
         adapter_switched(model, "scale-dit", False),
-        use_attention(model, "scale_dit", size, low_size, guidance=guidance, order=order, **form, **neighbours),
+        use_attention(
+            model, "scale_dit", size, low_size, guidance=guidance, order=order, **form, guidance_neighbours=neighbours
+        ),
     ):
         got = model(
             hidden_states=image, encoder_hidden_states=text, pooled_projections=pooled,
             timestep=torch.full((2,), 0.7).double(), guidance=torch.full((2,), 3.0).double(),
             img_ids=ids, txt_ids=torch.zeros(5, 3), return_dict=False,
         )[0]  # fmt: skip
-    mask = sees(grid, low_grid, 5, **form, **neighbours)
+    mask = sees(grid, low_grid, 5, **form, neighbours=neighbours)
     expected = joint(model, image, low, text, pooled, 0.7, 3.0, grid, low_grid, mask, scaled)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
     blind = mask.clone()

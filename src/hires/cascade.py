@@ -153,7 +153,7 @@ def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
             "window_overlap": sampling.window_overlap,
         }
     if variant.attention == "scale_dit":
-        return {**sampling.local_attention(), "neighbours": sampling.lr_neighbours}
+        return {**sampling.local_attention(), "guidance_neighbours": sampling.lr_neighbours}
     return {}
 
 
@@ -173,7 +173,7 @@ def _check_stages(
         for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
             if used:
                 low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
-        if variant.attention == "scale_dit":
+        if variant.attention == "scale_dit" and sampling.lr_keys:
             _low_size(size, sampling)
 
 

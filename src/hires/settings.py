@@ -76,7 +76,9 @@ class Sampling(BaseModel):
     )
     lr_ratio: float = Field(4.0, ge=1, description="Scale-DiT: side of a stage over that of the image that guides it")
     lr_keys: bool = Field(True, description="Scale-DiT: see the low-resolution image; false is an ablation")
-    lr_neighbours: Literal["row", "all"] = Field("row", description="Scale-DiT: windows of it beside a token's own")
+    lr_neighbours: Literal["row", "all"] = Field(
+        "row", description="Scale-DiT: windows of it beside a token's own (guidance_neighbours of the attention)"
+    )
     lr_anchors: bool = Field(
         True, description="Scale-DiT: its tokens stand where their content stands; false: at (i, j)"
     )

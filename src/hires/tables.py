@@ -34,6 +34,8 @@ QUALITY = ("fid", "fid_patch", "kid", "kid_patch", "is", "is_patch", "clip", "cl
 PROTOCOLS = ("fid", "fid_aliased", "kid", "kid_aliased", "fid_patch", "fid_patch_3", "kid_patch", "kid_patch_3")
 CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams")
 FLAG = "†"
+HALVES = "½"  # beside FID and KID of the true images: one half of them against the other, so of fewer images
+HALVED = ("fid", "fid_patch", "kid", "kid_patch")
 _COSTS = ("seconds", "peak_bytes")
 
 
@@ -128,8 +130,9 @@ def interval(
 def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
     """The tidy table as people read it: one row per backbone, size and variant, one column per metric.
 
-    A cell is `value [low, high]`, with † where the number of images is too small for the score; a score that does not
-    exist is a dash. n also says how many reference images survive, where not all do.
+    A cell is `value [low, high]`, with † where the number of images is too small for the score, and ½ where one half
+    of the true images is scored against the other; a score that does not exist is a dash. n also says how many
+    reference images survive, where not all do.
     """
     names = [name for name in metrics_of(metrics) if names is None or name in names]
     digits = {name: _decimals(metrics[metrics["metric"] == name], metric(name).scale) for name in names}
@@ -138,7 +141,8 @@ def scores(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> pd.Data
         row = {"backbone": backbone, "size": size, "variant": variant, "n": _amount(group)}
         for name in names:
             cell = group[group["metric"] == name]
-            row[metric(name).title] = _cell(cell.iloc[0], metric(name).scale, digits[name]) if len(cell) else "–"
+            text = _cell(cell.iloc[0], metric(name).scale, digits[name]) if len(cell) else "–"
+            row[metric(name).title] = text + f" {HALVES}" * (len(cell) > 0 and variant == TRUE and name in HALVED)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -339,7 +343,9 @@ def _best(rows: pd.DataFrame, shown: Metric) -> str:
     word = "lowest" if shown.better == "lower" else "highest"
     text = f"{best['variant']} has the {word} {shown.label}, {_cell(best, shown.scale)} (n = {best['n']})"
     text += f"; next is {second['variant']} with {_cell(second, shown.scale)}"
-    return text + "".join(f"; true images have {_cell(row, shown.scale)}" for _, row in truth.iterrows()) + "."
+    halves = set(rows["metric"]) <= set(HALVED)
+    whose = "one half of the true images has, against the other," if halves else "true images have"
+    return text + "".join(f"; {whose} {_cell(row, shown.scale)}" for _, row in truth.iterrows()) + "."
 
 
 def _tested(test: Any, shown: Metric) -> str:

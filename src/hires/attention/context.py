@@ -49,7 +49,7 @@ def use_attention(
         base_size: (height, width) in latent pixels whose grid is the window of each layer.
         options: of "npa": text_rows ("patch" | "global"), backend ("auto" or a backend of hires_kernels), shifts
             (a table from `draw_shifts`, or None), window_scale and window_overlap (see `hires.settings`). Of
-            "scale_dit": radius or window (tokens), neighbours ("row" | "all"), order, guidance (from
+            "scale_dit": radius or window (tokens), guidance_neighbours ("row" | "all"), order, guidance (from
             `low_resolution_pass`, or None), collect, backend.
 
     Yields:

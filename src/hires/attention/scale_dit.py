@@ -37,7 +37,7 @@ def processors(
     *,
     radius: int | None = None,
     window: int | None = None,
-    neighbours: str = "row",
+    guidance_neighbours: str = "row",
     order: str = "hilbert",
     guidance: Guidance | None = None,
     collect: Guidance | None = None,
@@ -49,8 +49,8 @@ def processors(
             raise HiresError(
                 f"{name} has a {type(former).__name__}: scale_dit stands in for FLUX's stock and IP-Adapter processors"
             )
-    if neighbours not in NEIGHBOURS:
-        raise unknown("guidance_neighbours", neighbours, NEIGHBOURS)
+    if guidance_neighbours not in NEIGHBOURS:
+        raise unknown("guidance_neighbours", guidance_neighbours, NEIGHBOURS)
     if order not in ORDERS:
         raise unknown("token_order", order, ORDERS)
     if backend not in (backends := ("auto", *hires_kernels.BACKENDS)):
@@ -63,7 +63,7 @@ def processors(
         options: dict[str, Any] = {
             "radius": radius,
             "window": window,
-            "guidance_neighbours": neighbours,
+            "guidance_neighbours": guidance_neighbours,
             "order": order,
         }
         if guidance is not None:

@@ -112,7 +112,8 @@ def guidance_weight(weights: pd.DataFrame) -> Figure:
 def band_spectra(curves: pd.DataFrame) -> Figure:
     """Radial power of latents: columns backbone, latent, frequency, power, low, high; one panel per backbone."""
     names = dict.fromkeys(curves["latent"])
-    return spectra(curves, by="latent", colours=dict(zip(names, _SHADES)), ylabel="power (latent²)")
+    shades = dict(zip(names, _SHADES))
+    return spectra(curves, by="latent", colours=shades, ylabel="power (latent²)", sample="latent pixel")
 
 
 def _rectangle(box: Box, **look) -> Rectangle:

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -106,15 +107,26 @@ def radial_power(image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
 
 
 def latent_spectra(latents: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
-    """Spectra of latents (1, C, h, w) by backbone and name, mean over channels: the columns of `band_spectra`."""
-    rows = []
+    """Spectra of latents (1, C, h, w) by backbone and name, mean over channels: the columns of `band_spectra`.
+
+    Backbones with the same latents, as those that share a VAE have, stand there once, under all their names.
+    """
+    distinct: dict[str, Mapping[str, Tensor]] = {}
     for backbone, found in latents.items():
+        same = [name for name, other in distinct.items() if _equal(found, other)]
+        distinct[", ".join([*same, backbone])] = distinct.pop(same[0]) if same else found
+    rows = []
+    for backbone, found in distinct.items():
         for name, latent in found.items():
             rings = [ring_power(channel) for channel in latent[0].double().cpu().numpy()]
             power = np.mean([ring[1] for ring in rings], axis=0)
             curve = {"frequency": rings[0][0], "power": power, "low": power, "high": power}
             rows.append(pd.DataFrame({"backbone": backbone, "latent": name, **curve}))
     return pd.concat(rows)
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def radial_spectra(results: Results, name: str, by: str = "variant", **columns) -> pd.DataFrame:

@@ -32,9 +32,14 @@ def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> F
         axes[0, 0].set_yticks(range(len(variants)), [label(variant) for variant in variants])
         axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
         figure.suptitle(_heading(metrics), x=0.01, ha="left", fontsize=9)
-        if metrics["flag"].astype(bool).any():
-            figure.supxlabel("hollow: too few images for this score to be trusted", fontsize=7, x=0.99, ha="right")
+        notes = ["hollow: too few images for this score to be trusted"] * bool(metrics["flag"].astype(bool).any())
+        if TRUE in variants and set(names) & set(tables.HALVED):
+            notes.append(_HALVES)
+        figure.supxlabel("; ".join(notes), fontsize=7, x=0.99, ha="right")
     return figure
+
+
+_HALVES = "FID and KID of the true images: one half of them against the other"
 
 
 def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> Figure:
@@ -100,10 +105,11 @@ def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str)
                 axis.set_ylabel(tables.metric(name).unit)
         for line, backbone in zip(axes, backbones):
             line[0].set_ylabel(f"{backbone}\n\n{line[0].get_ylabel()}")
-        figure.supxlabel(xlabel, fontsize=8)
         handles = [Line2D([], [], color=colour(v), marker=marker(v), label=label(v)) for v in variants]
         if TRUE in set(metrics["variant"]):
             handles.append(Line2D([], [], color=colour(TRUE), linestyle=":", label=TRUE))
+            xlabel += f"; {_HALVES}" * bool(set(names) & set(tables.HALVED))
+        figure.supxlabel(xlabel, fontsize=8)
         figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     return figure
 
@@ -114,11 +120,12 @@ def spectra(
     colours: dict | None = None,
     labels: dict[str, str] | None = None,
     ylabel: str = "power (luminance²)",
+    sample: str = "pixel",
 ) -> Figure:
-    """Radial power spectra, one panel per backbone: columns backbone, `by`, frequency (cycles/pixel), power, low, high.
+    """Radial power spectra, one panel per backbone: columns backbone, `by`, frequency, power, low, high.
 
-    `low` and `high` bound the mean over images. Dotted lines: ⅛, ¼ and ½ of the Nyquist frequency. `colours` and
-    `labels` belong to the values of `by`; default: those of the variants.
+    Frequencies are in cycles per `sample`. `low` and `high` bound the mean over images. Dotted lines: ⅛, ¼ and ½ of
+    the Nyquist frequency. `colours` and `labels` belong to the values of `by`; default: those of the variants.
     """
     backbones = sorted(set(curves["backbone"]))
     names = tables.variants_of(curves) if by == "variant" else list(dict.fromkeys(curves[by]))
@@ -131,7 +138,7 @@ def spectra(
                 axis.fill_between(rows["frequency"], rows["low"], rows["high"], color=shade, alpha=0.12, lw=0)
                 text = labels.get(name, name) if labels else label(name)
                 axis.plot(rows["frequency"], rows["power"], color=shade, label=text)
-            axis.set(xscale="log", yscale="log", xlabel="spatial frequency (cycles/pixel)", title=backbone)
+            axis.set(xscale="log", yscale="log", xlabel=f"spatial frequency (cycles/{sample})", title=backbone)
             for edge in (1 / 16, 1 / 8, 1 / 4):
                 axis.axvline(edge, color="#9a9a9a", linestyle=":", linewidth=0.8)
             lowest = min(2.0 ** np.ceil(np.log2(curves["frequency"].min())), 1 / 16)

@@ -78,10 +78,12 @@ def velocity_loss(model: Any, batch: Batch, sampling: Sampling, adapter: str = A
             model, pack(batch.low), batch.pooled, low_size=low_size, size=size, scaled=sampling.lr_anchors, **visible
         )
     noisy = torch.lerp(batch.latents, batch.noise, batch.t[:, None, None, None])
-    neighbours, device = sampling.lr_neighbours, noisy.device
+    device = noisy.device
     with (
         adapter_switched(model, adapter, on=False),
-        use_attention(model, "scale_dit", size, size, guidance=guidance, neighbours=neighbours, **visible),
+        use_attention(
+            model, "scale_dit", size, size, guidance=guidance, guidance_neighbours=sampling.lr_neighbours, **visible
+        ),
     ):
         output = model(
             hidden_states=pack(noisy),
