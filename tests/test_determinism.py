@@ -122,6 +122,21 @@ def test_the_same_twice_with_another_image_between():
     assert torch.equal(first, again)
 
 
+def test_float32_means_float32(monkeypatch):
+    """While a model in float32 runs TF32 is off, and afterwards as it was."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    backbone, seen = hires.load("tiny-sdxl", device="cpu"), []
+    for part in (backbone.model, backbone.pipe.vae.decoder):
+        part.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    run(backbone, "direct", (0,), side=128)
+    assert len(seen) == 3 and not any(seen) and torch.backends.cudnn.allow_tf32
+    with backbone.full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+    backbone.model.to(torch.bfloat16)
+    with backbone.full_precision():
+        assert torch.backends.cudnn.allow_tf32
+
+
 def test_damaged_weights_make_no_image():
     """A flipped bit in an exponent: numbers beyond all bounds, and no picture of them."""
     backbone = hires.load("tiny-flux", device="cpu")
@@ -146,7 +161,7 @@ def on_gpu(request):
 def test_the_same_gpu_gives_the_same_bits(model, variant, dtype):
     backbone = hires.load(model, device="cuda", dtype=dtype)
     first, pixels = run(backbone, variant, (0, 1), side=512)
-    run(backbone, "upsample", (2,))
+    run(backbone, "npa", (2,))
     again, twice = run(hires.load(model, device="cuda", dtype=dtype), variant, (0, 1), side=512)
     assert torch.equal(first, again) and np.array_equal(pixels, twice)
 

@@ -208,6 +208,7 @@ def _denoise(
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
     with contextlib.ExitStack() as contexts:
+        contexts.enter_context(backbone.full_precision())
         contexts.enter_context(adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=False))
         handles = []
         for model in (backbone.model, *(backbone.controlnets if control else ())):

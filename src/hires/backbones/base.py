@@ -321,6 +321,16 @@ class Backbone(ABC):
         return config.shift_factor or 0.0, scale
 
     @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Convolutions of a float32 model in float32, as on a CPU, and not in TF32's 10 bits."""
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = allowed and self.dtype != torch.float32
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
+
+    @contextmanager
     def _vae(self, x: Tensor, tiling: bool | None, factor: int = 1) -> Iterator[Any]:
         """The VAE, in float32 where float16 overflows (SDXL), tiled above 4 times the base area or as asked."""
         vae = self.pipe.vae
@@ -334,7 +344,7 @@ class Backbone(ABC):
         if upcast:
             vae.to(torch.float32)
         try:
-            with shared_tiles(vae, x.shape[2:], factor):
+            with self.full_precision(), shared_tiles(vae, x.shape[2:], factor):
                 yield vae
         finally:
             vae.use_tiling = was_tiled

@@ -70,8 +70,6 @@ def load(
         else:
             backbone.pipe.to(device)
     backbone.pipe.set_progress_bar_config(disable=True)
-    # Convolutions of a float32 model in float32, as on a CPU, and not in TF32's 10 bits.
-    torch.backends.cudnn.allow_tf32 = backbone.dtype != torch.float32
     return backbone
 
 
