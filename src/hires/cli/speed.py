@@ -77,6 +77,7 @@ def _kernels(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
+    from hires import parallel
     from hires.devices import locked_device, uses_gpu
     from hires.speed.settings import ROOT, choose, load_speed, parts, root
 
@@ -88,15 +89,46 @@ def _models(args: argparse.Namespace) -> None:
     folder = root(gpu, args.out or ROOT)
     models = speed.models if gpu or args.plan else speed.without_gpu
     chosen = choose(parts(models), _items(args.parts))
+    if parallel.launched():
+        _measure(args, speed, models, chosen, "cuda" if gpu else "cpu", folder)
+        return
     if args.what == "models":
+        shared = [part for part in chosen if part.kind == "gpus"]
         with locked_device(args.device or "auto") as device:  # before CUDA starts
-            _measure(args, speed, models, chosen, device, folder)
+            _measure(args, speed, models, [part for part in chosen if part.kind != "gpus"], device, folder)
+        _together(args, speed, models, shared, gpu, folder)
     if args.plan:
         return
 
     from hires.speed import summary
 
     print(summary.write(folder))
+
+
+def _together(
+    args: argparse.Namespace, speed: Any, models: dict[str, Any], chosen: list[Any], gpu: bool, folder: Path
+) -> None:
+    """Parts that take two processes, on a GPU each."""
+    from hires import parallel
+    from hires.devices import gpus
+    from hires.speed import parts as measuring
+
+    for part in chosen:
+        seconds = measuring.budget(part, speed, models[part.model])
+        print(f"{part.name:<22}" + ("" if seconds is None else f" about {seconds:5.0f} s on two H200s"), flush=True)
+        key = measuring.settings_key(part, speed, models[part.model])
+        if args.plan:
+            continue
+        if gpu and len(gpus()) < 2:
+            print(f"{part.name}: needs two GPUs, left out", flush=True)
+        elif not args.force and measuring.finished(folder, part, key):
+            print(f"{part.name}: measured before", flush=True)
+        else:
+            arguments = ["speed", "--parts", part.name, "--force", "--config", str(args.config)]
+            arguments += ["--out", str(args.out)] if args.out else []
+            arguments += ["--device", args.device] if args.device else []
+            if parallel.launch(2, arguments):
+                raise HiresError(f"part {part.name} failed")
 
 
 def _measure(

@@ -2,8 +2,10 @@
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hires import provenance
+from hires import parallel, provenance
 from hires.backbones import load
 from hires.backbones.base import Backbone
 from hires.cascade import cascade, decode
@@ -75,9 +77,17 @@ def budget(part: Part, speed: Speed, model: Model) -> float | None:
         return LOADING + 4 * steps_of("scalediff", part.size) + 10 * picture
     if part.kind == "largest":
         return LOADING + sum(2 * step("scalediff", side) + 2 * PIXELS * side**2 for side in model.largest)
-    sides = [base * 2**k for k in range(1, int(math.log2(part.size / base)) + 1)]
+    sides = doublings(base, part.size)
+    if part.kind == "gpus":
+        both = sum(4.5 * step("scalediff", side) + 6 * PIXELS * side**2 for side in sides)
+        return LOADING + 2 * COMPILING * (1 + len(sides)) + both
     image = sum(20 * step("scalediff", side) + 2 * PIXELS * side**2 for side in sides) + 40 * step("base", base)
     return LOADING + COMPILING * (1 + len(sides)) + 1.3 * image
+
+
+def doublings(base: int, side: int) -> list[int]:
+    """Sides of the stages above the base."""
+    return [base * 2**k for k in range(1, int(math.log2(side / base)) + 1)]
 
 
 def measure(part: Part, speed: Speed, model: Model, device: torch.device, folder: Path) -> None:
@@ -97,12 +107,15 @@ def measure(part: Part, speed: Speed, model: Model, device: torch.device, folder
         "rows": [],
         "complete": False,
     }
+    writes = os.environ.get("RANK", "0") == "0"  # the first of several processes
     for row in _rows(part, speed, model, device):
         found["rows"].append(row)
         found["total_seconds"] = time.perf_counter() - start
-        write_json(file(folder, part), found)
-        print(f"{found['total_seconds']:7.0f} s  {part.name}: {line(row)}", flush=True)
-    write_json(file(folder, part), found | {"complete": True})
+        if writes:
+            write_json(file(folder, part), found)
+            print(f"{found['total_seconds']:7.0f} s  {part.name}: {line(row)}", flush=True)
+    if writes:
+        write_json(file(folder, part), found | {"complete": True})
 
 
 def line(row: Row) -> str:
@@ -122,6 +135,7 @@ def _rows(part: Part, speed: Speed, model: Model, device: torch.device) -> Itera
         "image": _image,
         "options": _options,
         "largest": _largest,
+        "gpus": _gpus,
     }
     torch._logging.set_logs(dynamo=40, inductor=40)  # errors
     yield from kinds[part.kind](part, speed, model, device)
@@ -269,3 +283,24 @@ def _largest(part: Part, speed: Speed, model: Model, device: torch.device) -> It
         for what in ("encode", "decode"):
             row = _tried(what, "", partial(steps.vae, backbone, what, side, 1, speed.patience))
             yield {**row, "side": side}
+
+
+def _gpus(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
+    """Every stage of a ScaleDiff image by each of several processes alone, then by all together.
+
+    All take the same steps: none may stop early, as the others would wait for it.
+    """
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backbone = _loaded(part, speed, model, device)
+    patient = math.inf
+    for name, group in (("alone", nullcontext()), ("together", parallel.joined(device.type))):
+        with group:
+            for side in [backbone.base_resolution, *doublings(backbone.base_resolution, part.size)]:
+                contender = CONTENDERS["base" if side == backbone.base_resolution else "scalediff"]
+                step = partial(steps.timed_step, backbone, contender, side, min(2, speed.repeats), patient)
+                yield {**_tried("step", name, step), "side": side}
+                for what in ("encode", "decode"):
+                    vae = partial(steps.vae, backbone, what, side, 1, patient)
+                    yield {**_tried(what, name, vae), "side": side}

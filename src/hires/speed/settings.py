@@ -30,6 +30,7 @@ class Model(Section):
     skipped: dict[Side, list[Name]] = {}  # contenders that a size goes without
     check: Side
     largest: list[Side] = []
+    gpus: Side | None = None  # size of the image that two GPUs make together
 
     def contenders_at(self, size: int) -> list[str]:
         """Who is measured at a size; at the base size the base stage's own."""
@@ -50,11 +51,11 @@ class Speed(Section):
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement, one file. `kind`: steps (and VAE) of all contenders at a size, text, image, options, largest."""
+    """One measurement, one file: "steps" (and VAE) of all contenders at a size, or what `kind` names."""
 
     name: str
     model: str
-    kind: Literal["steps", "text", "image", "options", "largest"]
+    kind: Literal["steps", "text", "image", "options", "largest", "gpus"]
     size: int
 
 
@@ -88,6 +89,7 @@ def parts(models: dict[str, Model]) -> list[Part]:
             Part(f"{name}-image", name, "image", model.check),
             Part(f"{name}-options", name, "options", model.check),
             *([Part(f"{name}-largest", name, "largest", model.largest[-1])] if model.largest else []),
+            *([Part(f"{name}-gpus", name, "gpus", model.gpus)] if model.gpus else []),
         )
     ]
     return sorted(steps, key=lambda part: part.size) + others

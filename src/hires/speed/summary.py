@@ -30,6 +30,7 @@ def write(folder: Path) -> str:
         ("flop", flops(rows)),
         ("parts", others(rows)),
         ("check", check(rows, images)),
+        ("gpus", gpus(rows)),
     ):
         if len(table):
             text = markdown(table)
@@ -51,7 +52,9 @@ def readme_block(folder: Path) -> str:
     if not (folder / "parts").is_dir():
         return "Not measured yet: `hires speed` on a GPU, then `hires promote speed`."
     rows = measurements(folder)
-    return f"{markdown(ratios(rows, composed(rows)))}\n\n{footnote(rows)}"
+    shared = gpus(rows)
+    told = [markdown(ratios(rows, composed(rows))), *([markdown(shared)] if len(shared) else []), footnote(rows)]
+    return "\n\n".join(told)
 
 
 def in_readme(text: str, folder: Path) -> str:
@@ -378,6 +381,29 @@ def check(rows: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
                     "difference": f"{composed_seconds / row['seconds'] - 1:+.1%}",
                 }
             )
+    return pd.DataFrame(found)
+
+
+def gpus(rows: pd.DataFrame) -> pd.DataFrame:
+    """One image on one device and on several: seconds of its denoising, and of all but text; from one part."""
+    found = []
+    for model, table in rows[(rows["kind"] == "gpus") & rows["seconds"].notna()].groupby("model"):
+        seconds = table.set_index(["contender", "what", "size"])["seconds"].astype(float).to_dict()
+        many, few = cascade_steps(str(model))
+        base, *sides = sorted(set(table["size"]))
+        totals: dict[str, tuple[float, float]] = {}
+        for name in ("alone", "together"):
+            needed = [("step", side) for side in (base, *sides)] + [("decode", base)]
+            needed += [(what, side) for side in sides for what in ("encode", "decode")]
+            if all((name, *place) in seconds for place in needed):
+                above = few * sum(seconds[name, "step", side] for side in sides)
+                vae = sum(seconds[name, what, side] for what, side in needed if what != "step")
+                totals[name] = above, above + vae + many * seconds[name, "step", base]
+        if len(totals) == 2:
+            for figure, place in (("denoising above the base", 0), ("image", 1)):
+                alone, together = totals["alone"][place], totals["together"][place]
+                entry = {"model": model, "size": sides[-1], "figure": figure, "alone, s": _number(alone)}
+                found.append({**entry, "together, s": _number(together), "factor": f"{alone / together:.3g}"})
     return pd.DataFrame(found)
 
 
