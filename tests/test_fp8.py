@@ -195,3 +195,23 @@ def test_fast_and_compiled_on_a_gpu():
     exact = latents(backbone)
     compile_blocks(backbone.model)
     assert relative(latents(backbone, **PRESETS["fast"]), exact) < 0.4
+
+
+def test_the_accuracy_of_each_option_is_told(tmp_path, capsys):
+    (tmp_path / "speed.yaml").write_text(
+        "models: {}\nwithout_gpu: {tiny-sdxl: {dtype: float32, sizes: [128, 256], contenders: [dense], check: 256}}\n"
+    )
+    arguments = ["--device", "cpu", "--images", "2", "--config", str(tmp_path / "speed.yaml"), "--out", str(tmp_path)]
+    assert main(["speed", "accuracy", *arguments]) == 0
+    (fp8, fast) = (tmp_path / "cpu" / "tables" / "accuracy.csv").read_text().splitlines()[1:]
+    assert fp8.startswith("tiny-sdxl,fp8,2,") and fast.startswith("tiny-sdxl,fast,2,")
+    psnr, error = fp8.split(",")[3:5]
+    assert 20 < float(psnr) < 60 and 0 < float(error.rstrip("%")) < 20
+
+
+def test_errors_of_one_output_of_an_architecture():
+    from hires.speed import accuracy
+
+    rows = list(accuracy.outputs("tiny-flux", "float32", torch.device("cpu"), 256))
+    assert [row["option"] for row in rows] == ["fp8", "global text rows", "fast"]
+    assert all(0 < row["latents"] < 1 for row in rows)

@@ -2,11 +2,13 @@
 SDXL with random weights, dense, MultiDiffusion, ScaleDiff and Scale-DiT side by side (config/speed.yaml). Each part has
 a file of its own, so a run that was cut goes on with the next part. Without a GPU the tiny models are measured.
 
-hires speed tables writes tables and figures anew. hires speed kernels measures the attention kernels: a GPU's own,
-gathered windows with cuDNN ("sdpa"), FlexAttention ("flex"), dense cuDNN ("dense"), the same through torch.compile
-("sdpa-compiled"), on the layers of FLUX and SDXL. hires speed orders compares the orders of tokens
-for Scale-DiT's kernel, with --traffic in gigabytes as well. hires speed tune measures other tiles, warps and stages for
-our own kernels, and with --write commits the fastest.
+hires speed tables writes tables and figures anew.
+hires speed accuracy compares images with and without the options that change pixels: 8-bit linear layers, cheaper text
+rows, extrapolated steps.
+hires speed kernels measures the attention kernels: a GPU's own, gathered windows with cuDNN ("sdpa"), FlexAttention
+("flex"), dense cuDNN ("dense"), the same through torch.compile ("sdpa-compiled"), on the layers of FLUX and SDXL.
+hires speed orders compares the orders of tokens for Scale-DiT's kernel, with --traffic in gigabytes as well.
+hires speed tune measures other tiles, warps and stages for our own kernels, and with --write commits the fastest.
 
 Examples: hires speed --plan
           hires speed --parts flux-dev-4096,flux-dev-text
@@ -20,7 +22,7 @@ from typing import Any
 
 from hires.errors import HiresError
 
-WHAT = ("models", "tables", "kernels", "orders", "tune")
+WHAT = ("models", "tables", "accuracy", "kernels", "orders", "tune")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--parts", default="", help="comma-separated names from --plan; default: all")
     models.add_argument("--plan", action="store_true", help="only list the parts and about how long each takes")
     models.add_argument("--force", action="store_true", help="measure finished parts again")
+    models.add_argument("--images", type=int, default=8, help="accuracy: prompts (default: 8)")
     kernels = parser.add_argument_group("kernels")
     kernels.add_argument(
         "--shapes",
@@ -50,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.what in ("kernels", "orders", "tune"):
         _kernels(args)
+    elif args.what == "accuracy":
+        _accuracy(args)
     else:
         _models(args)
 
@@ -103,6 +108,32 @@ def _models(args: argparse.Namespace) -> None:
     from hires.speed import summary
 
     print(summary.write(folder))
+
+
+def _accuracy(args: argparse.Namespace) -> None:
+    if args.images < 2:
+        raise HiresError(f"--images {args.images}: must be at least 2")
+
+    from hires.devices import locked_device
+    from hires.speed import accuracy, summary
+    from hires.speed.settings import ROOT, load_speed, root
+    from hires.storage import write_text
+
+    speed, found = load_speed(args.config), []
+    with locked_device(args.device or "auto") as device:
+        from hires.backbones.loading import usable_device
+
+        place = usable_device(device)
+        rows = [accuracy.images(model, place, args.images) for model in speed.without_gpu]
+        if place.type == "cuda":
+            rows += [accuracy.outputs(name, model.dtype, place, model.sizes[1]) for name, model in speed.models.items()]
+        for row in (row for part in rows for row in part):
+            found.append(row)
+            print(summary.markdown(accuracy.shown([row])).splitlines()[-1], flush=True)
+    folder = root(place.type == "cuda", args.out or ROOT)
+    write_text(folder / "tables" / "accuracy.md", summary.markdown(accuracy.shown(found)) + "\n")
+    write_text(folder / "tables" / "accuracy.csv", accuracy.shown(found).to_csv(index=False))
+    print(folder / "tables" / "accuracy.md")
 
 
 def _together(
