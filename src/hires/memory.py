@@ -174,8 +174,8 @@ def prepared(load: Load, device: str, adapter: bool) -> "Backbone":
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         if load.limit_gb is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, load.limit_gb * GB / total), device)
+            total = torch.cuda.get_device_properties().total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, load.limit_gb * GB / total))
     return backbone
 
 
@@ -318,31 +318,27 @@ def line(found: dict[str, Any]) -> str:
 
 # --- beforehand and afterwards ------------------------------------------------------------------------------------
 
-COUNTED = {"flux-dev": ("flux-dev", 350e12), "sdxl": ("sdxl", 150e12), "flux2-klein": ("flux-dev", 1000e12)}
+RATES = {"flux-dev": 350e12, "sdxl": 150e12, "flux2-klein": 300e12}  # FLOP/s of one H200, eager
 PIXEL = {"flux-dev": 0.35e-6, "sdxl": 0.5e-6, "flux2-klein": 0.35e-6}  # seconds of VAE a pixel, one way
 LOADING = {"none": 25, "model": 45, "group": 100}  # seconds
 
 
 def seconds(row: Row, load: Load, steps: int) -> float | None:
-    """About how long a row takes on one H200, loading aside; None for models that were never counted.
-
-    `COUNTED`: architecture and FLOP/s; FLUX.2 [klein] is a third of FLUX.1.
-    """
+    """About how long a row takes on one H200, loading aside; None for models that were never counted."""
     from hires.settings import Sampling
     from hires.stages.arithmetic import ARCHITECTURES, step_flop
     from hires.variants import Variant
 
-    if load.model not in COUNTED:
+    if load.model not in RATES:
         return None
-    name, rate = COUNTED[load.model]
     variant, sampling, size = VARIANTS[row.variant], Sampling(), (row.height, row.width)
     base, *larger = stage_sizes(*size, 1024, 64, variant.stages)
     sizes = [size] if variant.start == "noise" else larger if variant.denoise else []
-    flop = sum(step_flop(ARCHITECTURES[name], size, base, variant, sampling) for size in sizes)
-    flop += step_flop(ARCHITECTURES[name], base, base, Variant(), sampling)
+    flop = sum(step_flop(ARCHITECTURES[load.model], size, base, variant, sampling) for size in sizes)
+    flop += step_flop(ARCHITECTURES[load.model], base, base, Variant(), sampling)
     pixels = 2 * (1 + steps * variant.dwt) * sum(h * w for h, w in sizes or [size])  # encoded and decoded
     moved = {"none": 0, "model": 8 * (1 + len(sizes)), "group": 3 * (1 + len(sizes)) * steps}[load.offload]
-    return 2 + steps * flop / rate + pixels * PIXEL[load.model] + moved
+    return 2 + steps * flop / RATES[load.model] + pixels * PIXEL[load.model] + moved
 
 
 def plan(loads: dict[str, Load], wanted: list[Row], steps: int) -> str:
