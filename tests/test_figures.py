@@ -315,4 +315,4 @@ def test_true_images_say_where_they_are_halved(tmp_path):
     assert not others.map(lambda cell: "½" in str(cell)).any(axis=None)
     assert not true.drop(columns=halved).map(lambda cell: str(cell).endswith("½")).any(axis=None)
     note = "one half of them against the other"
-    assert note in figures.scores(results.scores("main", setting="default", backbone="tiny-flux")).get_supxlabel()
+    assert note in figures.score_points(results.scores("main", setting="default", backbone="tiny-flux")).get_supxlabel()

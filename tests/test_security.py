@@ -54,7 +54,7 @@ FORBIDDEN = (
     r"Image\.open\((?!.*formats)",
     r"urlopen|urlretrieve|requests\.",
     r"from_pretrained\((?!.*use_safetensors)",
-    r"extractall|\.extract\(",
+    r"extractall|(?<!\.str)\.extract\(",
 )
 ALLOWED = {  # file, what the line holds -> why
     ("src/hires/training/scale_dit.py", "import pickle"): "the name of an error",
@@ -175,12 +175,12 @@ LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 
 )
 def test_yaml_is_data_and_bounded(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(HiresError, match=message):
         read_yaml(tmp_path / "x.yaml")
     with pytest.raises(HiresError, match=message):
         load_config(tmp_path / "x.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_aliases_of_honest_files_work(tmp_path):

@@ -147,7 +147,8 @@ def _add_ip_adapters(backbone: "Backbone", files: Sequence[Path], encoder: Path 
     if not hasattr(pipe, "load_ip_adapter"):
         raise HiresError(f"--ip-adapter: a {type(pipe).__name__} takes none: leave it or the ControlNet out")
     try:
-        pipe.register_modules(image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=pipe.dtype))
+        vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=pipe.dtype, use_safetensors=True)
+        pipe.register_modules(image_encoder=vision)
         names = [file.name for file in files]
         pipe.load_ip_adapter([str(file.parent) for file in files], weight_name=names, subfolder="")
     except SafetensorError:

@@ -8,6 +8,7 @@ from PIL import Image
 from hires import layout, shards
 from hires.config import Config, ImageSet
 from hires.storage import replacing
+from hires.untrusted import read_picture
 
 SIDE = 128  # pixels, of a crop and of the reduced image beside it
 PROMPTS = 2
@@ -25,7 +26,7 @@ def run(config: Config, images: ImageSet) -> None:
 
 def _write(target: Path, files: Sequence[Path]) -> None:
     with replacing(target) as temporary:
-        strip([Image.open(file).convert("RGB") for file in files if file.exists()]).save(
+        strip([read_picture(file, file) for file in files if file.exists()]).save(
             temporary, "WEBP", quality=75, method=4
         )
 
