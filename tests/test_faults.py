@@ -544,6 +544,7 @@ def test_snakemake_goes_on_after_every_fault(workplace):
 
     first = snakemake()
     wait_for(lambda: list(Path("results/tested/images").rglob("*.png")))
+    os.kill(workers("images")[0], signal.SIGSTOP)
     second = snakemake("--config", "compute={shard_size: 1}")
     out, _ = second.communicate()
     assert second.returncode != 0 and "another run is writing to results/tested" in out
@@ -557,14 +558,14 @@ def test_snakemake_goes_on_after_every_fault(workplace):
     out, _ = done.communicate()
     assert done.returncode == 0, out
     assert re.search(r"^base .*: 0 of 3 made, 3 kept", out, re.MULTILINE), out
-    assert re.search(r"^images .* made, [1-5] kept", out, re.MULTILINE), out
     assert made() == workplace
 
 
 def clock_jumps():
-    """Every second file is of tomorrow, the others are of yesterday."""
-    for number, path in enumerate(sorted(Path("results").rglob("*"))):
-        os.utime(path, (time.time() + (-1) ** number * 86400,) * 2)
+    """Manifests are of yesterday, all else is of tomorrow."""
+    for path in Path("results").rglob("*"):
+        days = -1 if path.name.startswith("shard-") else 1
+        os.utime(path, (time.time() + days * 86400,) * 2)
 
 
 def test_a_waiting_process_says_who_has_the_gpu(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hires.errors import HiresError
+from hires.storage import holder
 
 
 def gpus() -> list[str]:
@@ -72,9 +73,9 @@ def _first_free(locks: dict[str, FileLock], poll: float, patience: float) -> str
                 continue
             return name
         if time.monotonic() - started > patience:
-            held = ", ".join(Path(lock.lock_file).read_text() for lock in locks.values())
+            held = ", ".join(holder(Path(lock.lock_file)) for lock in locks.values())
             print(
-                f"waiting for a GPU for {time.monotonic() - started:.0f} s: held by process {held}; "
+                f"waiting for a GPU for {time.monotonic() - started:.0f} s: held by {held}; "
                 "one that hangs may be killed, its finished work is kept",
                 file=sys.stderr,
             )

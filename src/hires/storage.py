@@ -93,11 +93,17 @@ def claim(folder: Path) -> AcquireReturnProxy:
         file.write_text(str(os.getpid()))
         return held
     except Timeout:
-        raise HiresError(
-            f"another run is writing to {folder} (process {file.read_text()}): wait for it, or end it first"
-        ) from None
+        raise HiresError(f"another run is writing to {folder} ({holder(file)}): wait for it, or end it first") from None
     except OSError as error:
         raise HiresError(f"cannot write to the results folder {folder}: {_reason(error)}: {_mend(error)}") from None
+
+
+def holder(lock: Path) -> str:
+    """The process that holds a lock, which it writes into the lock's file."""
+    try:
+        return f"process {lock.read_text()}"
+    except OSError:  # released this moment
+        return "a process that just ended"
 
 
 def not_ahead(paths: Iterable[Path]) -> None:
