@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,51 @@ def test_the_lock_holds_what_the_project_asks_for():
     for text in project["project"]["dependencies"] + extras["workflow"] + extras["dev"]:
         needed = Requirement(text)
         assert needed.specifier.contains(pins[canonicalize_name(needed.name)]), text
+
+
+# --- clusters, several GPUs
+
+
+def test_the_slurm_profile_runs_dry(folder):
+    """Without its plugin, which the lock leaves out; where it is installed, a job of `gpu: 1` asks for --gpus=1."""
+    (folder / "tiny.yaml").write_text(TINY.replace("model: model", "model: tiny-flux").replace("cpu", "cuda"))
+    profile = ROOT / "profiles/slurm"
+    settings = yaml.safe_load((profile / "profile.yaml").read_text())
+    assert settings["executor"] == "slurm" and settings["default-resources"]["slurm_partition"] == "gpu"
+    options = ["-n", "--executor", "dryrun", "--workflow-profile", profile, "--configfile", "tiny.yaml"]
+    done = snakemake(folder, "images", *options)
+    assert done.returncode == 0, done.stderr
+    assert jobs(done) == {"draw_prompts": 1, "base": 1, "images_main": 1, "images": 1}
+
+
+GPU_JOBS = """
+rule all:
+    input: expand("{n}.txt", n=range(4))
+rule job:
+    output: "{n}.txt"
+    resources: gpu=1
+    shell: "PYTHON hold.py > {output}"
+"""
+HOLD = """
+import os, time
+from hires.devices import locked_device
+with locked_device() as device:
+    began = time.monotonic()
+    time.sleep(1)
+    print(device, os.environ["CUDA_VISIBLE_DEVICES"], began, time.monotonic())
+"""
+
+
+def test_jobs_on_one_host_get_gpus_of_their_own(tmp_path):
+    """Snakemake counts two GPUs and names none: its jobs lock one each."""
+    (tmp_path / "hold.py").write_text(HOLD)
+    (tmp_path / "Snakefile").write_text(GPU_JOBS.replace("PYTHON", sys.executable))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "4,7", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "snakemake", "--cores", "4", "--resources", "gpu=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    held = [file.read_text().split() for file in tmp_path.glob("*.txt")]
+    assert [row[0] for row in held] == ["cuda"] * 4 and {row[1] for row in held} == {"4", "7"}
+    for gpu in ("4", "7"):
+        turns = sorted((float(began), float(ended)) for _, name, began, ended in held if name == gpu)
+        assert all(ended <= began for (_, ended), (began, _) in pairwise(turns))
