@@ -54,6 +54,8 @@ class Extras:
         """HiresError unless this is what a pipeline with this ControlNet, or several, or None, and so many
         IP-Adapters needs."""
         self._check_control(controlnet)
+        if isinstance(self.ip_adapter_image_embeds, Tensor):
+            raise HiresError("ip_adapter_image_embeds is one tensor: give a list of them, one for each IP-Adapter")
         given = len(self.ip_adapter_images) or len(self.ip_adapter_image_embeds or ())
         if self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None:
             raise HiresError("give ip_adapter_image or ip_adapter_image_embeds, not both")
@@ -150,7 +152,8 @@ def fitted(what: str, image: Image.Image, height: int, width: int, crop: bool = 
 
     crop: cut its centre to that ratio. Without it, HiresError tells the nearest crop.
     """
-    rgb = image.convert("RGB")
+    (checked,) = _pictures(what, [image])
+    rgb = checked.convert("RGB")
     if abs(rgb.height * width - rgb.width * height) <= 0.01 * rgb.width * height:
         return rgb
     scale = min(rgb.height / height, rgb.width / width)

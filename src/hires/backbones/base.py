@@ -63,8 +63,7 @@ class Backbone(ABC):
         self.size_multiple = int(hints.get("size_multiple", 64))
         self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
         self.adapters: dict[str, Path] = {}
-        for net in self.controlnets:
-            self._check_controlnet(net)
+        self._check_pipeline()
 
     @classmethod
     def from_pipeline(
@@ -177,6 +176,17 @@ class Backbone(ABC):
     def ip_adapters(self) -> int:
         """How many IP-Adapters are loaded."""
         return getattr(getattr(self.model, "encoder_hid_proj", None), "num_ip_adapters", 0)
+
+    def _check_pipeline(self) -> None:
+        """Raise HiresError for a model of another task, and a ControlNet of another model."""
+        theirs = self.pipe.vae.config.latent_channels
+        if self.latent_channels != theirs:
+            raise HiresError(
+                f"the model reads latents of {self.latent_channels} channels and the VAE makes {theirs}: inpainting "
+                "and control models take more than noise, which is not known here"
+            )
+        for net in self.controlnets:
+            self._check_controlnet(net)
 
     def _check_controlnet(self, net: Any) -> None:
         """Raise HiresError unless a ControlNet belongs to this model."""

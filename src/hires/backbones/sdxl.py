@@ -113,6 +113,13 @@ class SDXL(Backbone):
             preprocess(image, height=size[0], width=size[1]).expand(n, -1, -1, -1).to(self.device) for image in images
         ]
 
+    def _check_pipeline(self) -> None:
+        super()._check_pipeline()
+        if self.model.config.time_cond_proj_dim is not None:
+            raise HiresError("the U-Net is told its guidance (time_cond_proj_dim), which is not known here")
+        if self.pipe.config.get("requires_aesthetics_score"):
+            raise HiresError("this is SDXL's refiner, which makes no image of its own: give the base model")
+
     def _check_controlnet(self, net: Any) -> None:
         super()._check_controlnet(net)
         if net.config.global_pool_conditions:
