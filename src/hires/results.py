@@ -120,17 +120,17 @@ class Results:
     @cached_property
     def images(self) -> pd.DataFrame:
         """One row per stored image: the columns of its set, id, seed, path, in the order of the prompts."""
-        rows = []
+        parts = [pd.DataFrame(columns=[*SET, "id", "seed", "path"])]
         for manifest in sorted(self.path.glob("images/*/*/*/*/*/shard-*.json")):
             try:
                 record = _Shard.model_validate(read_sealed(manifest))
             except ValidationError as error:
                 first = error.errors()[0]
                 raise HiresError(f"{manifest}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
-            for image in record.images:
-                place = {"id": image.id, "seed": image.seed, "path": member(manifest.parent, image.file)}
-                rows.append({**{name: getattr(record, name) for name in SET}, **place})
-        return self._in_order(pd.DataFrame(rows, columns=[*SET, "id", "seed", "path"]))
+            columns = {name: [getattr(image, name) for image in record.images] for name in ("id", "seed")}
+            columns["path"] = [str(member(manifest.parent, image.file)) for image in record.images]
+            parts.append(pd.DataFrame({**{name: getattr(record, name) for name in SET}, **columns}))
+        return self._in_order(pd.concat(parts[1:] or parts, ignore_index=True))
 
     @cached_property
     def references(self) -> pd.DataFrame:
@@ -182,7 +182,7 @@ def where(frame: pd.DataFrame, **columns) -> pd.DataFrame:
     return frame
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hires.figures.style import PAGE_WIDTH, label, style
 from hires.results import TRUE, Results, read_image, where
 
+MOST = 1000  # images of one spectrum
 _BOX = "#e8222f"
 _GAP, _CAPTION = 0.03, 0.16  # inches
 
@@ -130,7 +131,7 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def radial_spectra(results: Results, name: str, by: str = "variant", **columns) -> pd.DataFrame:
-    """Mean spectra of the stored images with these `columns`, and of their references as "true image".
+    """Mean spectra of the first `MOST` stored images with these `columns`, and of their references as "true image".
 
     Columns backbone, `by`, frequency, power, low, high, n: the geometric mean over images and its 95 % interval
     (normal, of the logarithm). They are kept in tables/`name`.csv and read from there where no images are stored.
@@ -146,7 +147,7 @@ def radial_spectra(results: Results, name: str, by: str = "variant", **columns) 
         same = group[["id", "height", "width"]].drop_duplicates()
         truth = results.references.merge(same, on=["id", "height", "width"]).assign(**{by: TRUE})
         for value, members in pd.concat([truth, group]).groupby(by, sort=False):
-            spectrum = [radial_power(read_image(path)) for path in members["path"]]
+            spectrum = [radial_power(read_image(path)) for path in members["path"].head(MOST)]
             logs = np.log10([power for _, power in spectrum])
             half = 1.96 * logs.std(0, ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.zeros(logs.shape[1])
             mean = logs.mean(0)

@@ -162,16 +162,17 @@ def _figures(folder: Path) -> list[dict[str, Any]]:
 def _gallery(results: Results, lossless_prompts: int, budget: float) -> dict[str, Any]:
     """Prompts, and images with the place that each belongs to; as many whole prompts as the budget holds."""
     order = {variant: i for i, variant in enumerate(tables.variants_of(results.images))}
-    images = results.images.assign(rank=results.images["variant"].map(order))
-    images = images.sort_values(["rank", "setting"], kind="stable")
+    images = results.images
     references = results.references
-    ids = list(dict.fromkeys(results.images["id"]))
+    ids = list(dict.fromkeys(images["id"]))
     entries: list[dict[str, Any]] = []
     prompts: list[str] = []
     used = 0
     for index, identifier in enumerate(ids):
         mine = []
-        for row in where(images, id=identifier).itertuples():
+        rows = where(images, id=identifier)
+        rows = rows.assign(rank=rows["variant"].map(order)).sort_values(["rank", "setting"], kind="stable")
+        for row in rows.itertuples():
             source, size = _embed(read_image(row.path), index < lossless_prompts)
             used += size
             name = ", ".join([label(row.variant), *([row.setting] if row.setting != "default" else [])])

@@ -48,8 +48,7 @@ def run(
             with locked_device(device or config.compute.device) as place:
                 made.extend(_make(config, work, shard, place))
         for images in sets:
-            head = {"version": VERSIONS["images"], **_names(images)}
-            shards.write_manifest(layout.image_shard(config, images, shard), head, "images", wanted[images])
+            shards.write_manifest(layout.image_shard(config, images, shard), head(images), "images", wanted[images])
 
 
 def image_sets(
@@ -98,6 +97,11 @@ def _wait(files: Sequence[Future]) -> None:
 def _names(images: ImageSet) -> dict[str, Any]:
     names = ("study", "setting", "backbone", "variant", "height", "width")
     return {name: getattr(images, name) for name in names}
+
+
+def head(images: ImageSet) -> dict[str, Any]:
+    """What a manifest begins with."""
+    return {"version": VERSIONS["images"], **_names(images)}
 
 
 def items(config: Config, images: ImageSet, shard: int) -> list[Item]:
