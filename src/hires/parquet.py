@@ -37,7 +37,8 @@ def read(path: Path, columns: Sequence[str] = ()) -> pa.Table:
     """
     data = read_bytes(path)
     try:
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        # A thread of Arrow's that lets go of `data` while Python ends would abort the process.
+        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read(use_threads=False)
         seal = (table.schema.metadata or {}).get(SEAL)
         whole = seal in (None, _seal(table.schema))
     except (pa.ArrowException, OSError, ValueError) as error:
