@@ -104,6 +104,10 @@ def test_counted_flop_of_the_full_models(model):
     """Against an independent count from the architectures' numbers (`hires.stages.arithmetic`)."""
     backbone = load(model, "meta", "bfloat16", weights="random")
     backbone.schedule = load(f"tiny-{model.split('-')[0]}", "cpu", weights="random").schedule  # with numbers in it
+    texts = {"flux-dev": ((512, 4096), (768,)), "sdxl": ((77, 2048), (1280,))}[model]
+    tensors = dict(zip(("prompt_embeds", "pooled"), (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in texts)))
+    negative = {f"negative_{name}": x for name, x in tensors.items()} if model == "sdxl" else {}
+    backbone.encode_prompt = lambda prompts, sampling: {**tensors, **negative}
     names = ["scalediff", "multidiffusion", "dense"] + ["scale-dit"] * (model == "flux-dev")
     for name in names:
         contender = CONTENDERS[name]

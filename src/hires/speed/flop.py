@@ -1,7 +1,6 @@
 """Floating-point operations of a step: counted on tensors without values, and by the formula of ScaleDiff's table."""
 
 from functools import lru_cache
-from typing import Any
 
 import hires_kernels
 import torch
@@ -9,20 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hires.attention import use_attention
 from hires.backbones import load
-from hires.backbones.base import Backbone, Conditioning
+from hires.backbones.base import Backbone
+from hires.cascade import _attention_options
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.speed.steps import PROMPT, Contender
 
 
 @lru_cache(maxsize=1)
-def _twin(name: str, dtype: torch.dtype) -> tuple[Backbone, Conditioning]:
-    """The model on the device "meta", which counts and computes nothing, and a prompt for it."""
+def _twin(name: str, dtype: torch.dtype) -> Backbone:
+    """The model on the device "meta", which counts and computes nothing."""
     hires_kernels.register_flop_formulas()
-    given = load(name, "cpu", weights="random") if name.startswith("tiny") else None
-    twin = load(name, "meta", dtype, weights="random")
-    conditioning = (given or twin).encode_prompt([PROMPT], twin.defaults)
-    return twin, {key: x.to("meta") for key, x in conditioning.items()}
+    return load(name, "meta", dtype, weights="random")
 
 
 @torch.no_grad()
@@ -31,7 +28,8 @@ def step(backbone: Backbone, contender: Contender, side: int) -> dict[str, int]:
 
     Matrix products, convolutions and attention; for windowed attention what the method needs (`hires_kernels.flops`).
     """
-    twin, conditioning = _twin(backbone.name, backbone.dtype)
+    twin = _twin(backbone.name, backbone.dtype)
+    conditioning = {key: x.to("meta") for key, x in backbone.encode_prompt([PROMPT], backbone.defaults).items()}
     variant = contender.variant
     base = twin.latent_size(twin.base_resolution, twin.base_resolution)
     size = twin.latent_size(side, side)
@@ -42,15 +40,12 @@ def step(backbone: Backbone, contender: Contender, side: int) -> dict[str, int]:
     schedule = backbone.schedule(sampling, base)
     schedule.timesteps = schedule.timesteps.to("meta")
     found: dict[str, int] = {}
-    options: dict[str, Any] = {}
+    options = _attention_options(variant, sampling)
     if variant.attention == "scale_dit":
         low = (int(size[0] / sampling.lr_ratio), int(size[1] / sampling.lr_ratio))
         with FlopCounterMode(display=False) as counter:
-            guidance = twin.low_resolution_guidance(_empty(twin, low), size, conditioning, sampling)
+            options["guidance"] = twin.low_resolution_guidance(_empty(twin, low), size, conditioning, sampling)
         found["flop_low"] = counter.get_total_flops()
-        options = {**sampling.local_attention(), "guidance": guidance, "neighbours": sampling.lr_neighbours}
-    elif variant.attention == "npa":
-        options = {"text_rows": sampling.text_rows}
     with (
         contender.installed(twin),
         use_attention(twin.model, variant.attention, size, base, **options),

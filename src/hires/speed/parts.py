@@ -19,7 +19,7 @@ from hires.backbones.base import Backbone
 from hires.cascade import cascade, decode
 from hires.compilation import compile_blocks, fastest_attention
 from hires.settings import Sampling
-from hires.speed import flop, steps, text
+from hires.speed import flop, steps
 from hires.speed.settings import Model, Part, Speed, cascade_steps
 from hires.speed.steps import CONTENDERS, PROMPT, Contender, Row
 from hires.stages import VERSIONS
@@ -188,16 +188,9 @@ def _steps(part: Part, speed: Speed, model: Model, device: torch.device) -> Iter
 
 
 def _text(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
-    if part.model not in text.ENCODERS:
-        backbone = _loaded(part, speed, model, device)
-        yield _tried("text", "all", lambda: text.whole(backbone, speed.repeats))
-        return
-    for name in text.ENCODERS[part.model]:
-        yield _tried(
-            "text",
-            name,
-            partial(text.encoder, part.model, name, device, getattr(torch, model.dtype), speed.repeats),
-        )
+    backbone = _loaded(part, speed, model, device)
+    prompts = partial(backbone.encode_prompt, [PROMPT], backbone.defaults)
+    yield _tried("text", "", lambda: steps.seconds(prompts, device, speed.repeats, speed.patience))
 
 
 def _image(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
