@@ -73,6 +73,7 @@ def neighborhood_patch_attention(
     if shift is not None:
         _check_shift(shift, len(query), (rows, cols))
     query, key, value, *texts = _autocast(query, key, value, *(text or ()))
+    _check_dtypes(query, key, value, *texts)
     image, text_output = library.neighborhood_patch_attention(
         query,
         key,
@@ -142,6 +143,8 @@ def local_attention(
     if (guidance is None) != (guidance_grid is None):
         raise KernelError("guidance and guidance_grid go together: give both or neither")
     if guidance is not None and guidance_grid is not None:
+        if min(guidance_grid) < 1:
+            raise KernelError(f"guidance_grid {guidance_grid}: a side must be at least 1 token")
         expected = (len(query), guidance_grid[0] * guidance_grid[1], *query.shape[2:])
         if any(x.shape != expected for x in guidance):
             shapes = ", ".join(str(tuple(x.shape)) for x in guidance)
@@ -149,6 +152,7 @@ def local_attention(
     _check_name("guidance_neighbours", guidance_neighbours, ("row", "all"))
     _check_name("order", order, ORDERS)
     query, key, value, *others = _autocast(query, key, value, *(text or ()), *(guidance or ()))
+    _check_dtypes(query, key, value, *others)
     image, text_output, _ = library.local_attention(
         query,
         key,
@@ -256,8 +260,17 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> None
     shapes = [tuple(x.shape) for x in (query, key, value)]
     if query.ndim != 4 or len(set(shapes)) > 1:
         raise KernelError(f"query, key, value of shapes {shapes}: must share one (batch, tokens, heads, head_dim)")
+    if min(*query.shape, *grid) < 1:
+        raise KernelError(f"query of shape {shapes[0]} on a grid of {grid[0]}x{grid[1]}: nothing to attend to")
     if query.shape[1] != grid[0] * grid[1]:
         raise KernelError(f"{query.shape[1]} image tokens: a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
+
+
+def _check_dtypes(*tensors: Tensor) -> None:
+    kinds = {x.dtype for x in tensors}
+    if len(kinds) > 1 or not tensors[0].is_floating_point():
+        given = ", ".join(sorted(str(kind) for kind in kinds))
+        raise KernelError(f"tensors of {given}: must share one floating-point dtype")
 
 
 def _check_text(query: Tensor, text: Triple | None) -> None:

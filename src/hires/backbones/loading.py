@@ -85,6 +85,11 @@ def _pretrained(name: str, device: torch.device, dtype: torch.dtype | None) -> B
             raise
         reason = f"{error}".partition("\n")[0] or type(error).__name__
         raise HiresError(f"{folder}: diffusers cannot load it: {reason}") from error
+    parts = [(name, part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+    for component, part in parts:
+        lacking = [name for name, weight in part.named_parameters() if weight.is_meta]
+        if lacking:
+            raise HiresError(f"{folder}: {component} lacks the weights {lacking[0]} of its config.json: fetch it again")
     return Backbone.from_pipeline(pipe, name, read_hints(folder), revision(folder))
 
 

@@ -52,7 +52,7 @@ def _pixels(image: Tensor | Image.Image) -> np.ndarray:
     """(height, width, 3) in [0, 1] at about SIDE² pixels."""
     if isinstance(image, Image.Image):
         image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] != 3:
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise HiresError(f"image of shape {tuple(image.shape)}: parse takes one RGB image (3, height, width)")
     pixels = image.detach().cpu().float() / (255 if image.dtype == torch.uint8 else 1)
     height, width = pixels.shape[1:]
