@@ -47,9 +47,9 @@ def parts(tmp_path_factory):
             pipe.save_lora_weights(
                 folder / f"{family}-lora", unet_lora_layers=get_peft_model_state_dict(model, adapter_name="style")
             )
-    adapter = ip_adapter("tiny-flux", build_pipeline("tiny-flux"))
-    tensors = {f"{kind}.{name}": tensor for kind, part in adapter.items() for name, tensor in part.items()}
-    save_file(tensors, folder / "ip.safetensors")
+        adapter = ip_adapter(family, pipe)
+        tensors = {f"{kind}.{name}": tensor for kind, part in adapter.items() for name, tensor in part.items()}
+        save_file(tensors, folder / ("ip.safetensors" if family == "tiny-flux" else "ip-sdxl.safetensors"))
     image_encoder().save_pretrained(folder / "encoder")
     picture().save(folder / "square.png")
     picture(100, 200, seed=1).save(folder / "wide.png")
@@ -97,14 +97,17 @@ def test_controlnet_ip_adapter_and_lora_from_the_command_line(parts, tmp_path, c
     assert "made with loras, controlnets" in capsys.readouterr().err and not (tmp_path / "again.png").exists()
 
 
-def test_loras_and_controlnets_of_sdxl(parts, tmp_path):
+def test_additions_to_sdxl(parts, tmp_path):
     outs = []
-    for name, given in {
+    cases = {
         "plain": [],
         "lora": ["--lora", parts / "tiny-sdxl-lora"],
         "controlnet": ["--controlnet", parts / "tiny-sdxl-controlnet", "--control-image", parts / "square.png"],
+        "ip": ["--ip-adapter", parts / "ip-sdxl.safetensors", "--image-encoder", parts / "encoder",
+               "--ip-adapter-image", parts / "square.png"],
         "negative": ["--negative-prompt", "a grey cone"],
-    }.items():
+    }  # fmt: skip
+    for name, given in cases.items():
         out = tmp_path / f"{name}.png"
         assert cli(*given, "--out", out, model="tiny-sdxl") == 0
         outs.append(made(out)[0])
