@@ -145,6 +145,15 @@ def test_a_controlnet_with_an_input_block_reads_pixels():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_controlnet_is_one_of_its_model(family):
+    plain = with_controlnet(family, lambda pipe: controlnet(family, pipe))
+    want = ours(wrapped(plain, family), extras=Extras(picture()))
+    plain.controlnet = torch.compile(plain.controlnet, backend=lambda graph, inputs: graph.forward)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled isn't the question here
+        close(ours(wrapped(plain, family), extras=Extras(picture())), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_several_controlnets(family):
     several = FluxMultiControlNetModel if family == "tiny-flux" else MultiControlNetModel
     pipe = with_controlnet(family, lambda pipe: several([controlnet(family, pipe, seed) for seed in (5, 6)]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 from torch import Generator, Tensor
 
 from hires.adapters import switch_adapter
@@ -190,8 +191,8 @@ class Backbone(ABC):
 
     def _check_controlnet(self, net: Any) -> None:
         """Raise HiresError unless a ControlNet belongs to this model."""
-        wanted = self.controlnet_class
-        if wanted is None or type(net) is not wanted:
+        wanted, net = self.controlnet_class, unwrap_module(net)
+        if wanted is None or not isinstance(net, wanted):
             allowed = "none" if wanted is None else wanted.__name__
             raise HiresError(f"a {type(net).__name__} on a {self.family} model: allowed: {allowed}")
         for fact in self.controlnet_facts:
