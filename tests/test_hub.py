@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, serve
 
+import hires
 from hires import doctor
 from hires.config import Prompts
 from hires.errors import HiresError
@@ -210,3 +211,22 @@ def test_prompts_are_drawn_from_a_data_set(tmp_path):
     assert said[:2] == [expected, expected]
     assert "accept the licence on https://huggingface.co/datasets/some/gated" in said[2]
     assert "no such repository: check the name at https://huggingface.co/datasets/some/none" in said[3]
+
+
+def test_the_published_layout_is_read(tmp_path):
+    """FLUX.1's repository: CLIP's vocabulary in two files, a tokenizer class of older transformers, absent parts."""
+    folder = tmp_path / "published"
+    shutil.copytree(ASSETS / "tiny-flux", folder)
+    whole = folder / "tokenizer" / "tokenizer.json"
+    words = json.loads(whole.read_text())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in words["merges"]]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words["vocab"]))
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    whole.unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"tokenizer_2": ["transformers", "T5TokenizerFast"], "feature_extractor": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    ours, theirs = hires.load("tiny-flux", "cpu").pipe, hires.load(folder, "cpu").pipe
+    for name in ("tokenizer", "tokenizer_2"):
+        one, other = (getattr(pipe, name)("three red discs").input_ids for pipe in (ours, theirs))
+        assert one == other

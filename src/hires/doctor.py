@@ -336,7 +336,7 @@ def _fits(name: str, parameters: float, without_gpu: Literal["note", "wrong"]) -
     found = f"{have:.0f} GB for {needed:.0f} GB of weights in 16 bits"
     if have > 1.3 * needed:
         return Check(f"GPU for {name}", "ok", found)
-    return Check(f"GPU for {name}", "note", found, "keep parts of it in main memory: hires generate --offload")
+    return Check(f"GPU for {name}", "note", found, "keep parts of it in main memory: hires generate --offload model")
 
 
 def _configuration(path: Path) -> list[Check]:
