@@ -147,10 +147,18 @@ def test_bands_against_the_true_image(extracted):
     assert abs(mean("flipped", "high_band")) < 1e-6
 
 
+def test_seams_are_those_beyond_the_true_images_own(extracted, renders):
+    table = per_image(extracted["flipped"], ["seams"], references=extracted["true"], borders=BORDERS)
+    flipped = seam_scores([picture.transpose(0) for picture in renders[:12]])
+    assert table["value"].to_numpy() == pytest.approx(flipped - seam_scores(renders[:12]))
+    same = per_image(extracted["true"], ["seams"], references=extracted["true"], borders=BORDERS)
+    assert (same["value"] == 0).all()
+
+
 def test_images_without_a_reference_are_left_aside(extracted):
     few = extracted["true"].take(range(5))
     table = per_image(extracted["soft"], ["high_band", "clip", "seams"], references=few, borders=BORDERS)
-    assert table.groupby("metric").size().to_dict() == {"clip": 12, "seams": 12, "high_band": 5}
+    assert table.groupby("metric").size().to_dict() == {"clip": 12, "seams": 5, "high_band": 5}
     rows = frame(score(extracted["soft"], few, settings(scores=["high_band"]), table)).set_index("metric")
     whole = per_image(extracted["soft"].take(range(5)), ["high_band"], references=few)
     assert rows.loc["high_band", "value"] == pytest.approx(whole["value"].mean())

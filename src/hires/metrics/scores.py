@@ -73,8 +73,9 @@ def per_image(
     (`pixels.band_powers`). high_band: spectrum_high less that of the prompt's own reference, in decades: below 0 too
     smooth, above 0 over-textured. low_band: root mean square difference from that reference's coarse layout, in grey
     levels (`pixels.low_band`); a caption leaves the layout free, so that only differences between variants tell
-    something. seams: `seams.seams` on `borders`. seconds, peak_bytes: from `manifest` (columns id, seed, seconds,
-    peak_bytes). Scores that need a scene, a reference, borders or a manifest are left out where there is none.
+    something. seams: `seams.seams` on `borders`, less that of the reference on the same borders, as layouts have
+    lines that objects rarely cross. seconds, peak_bytes: from `manifest` (columns id, seed, seconds, peak_bytes).
+    Scores that need a scene, a reference, borders or a manifest are left out where there is none.
     """
     t, values = images.tensors, {}
     cosine = torch.nn.functional.cosine_similarity(t["clip_image"].double(), t["clip_text"].double())
@@ -82,8 +83,6 @@ def per_image(
     if "clip_iqa" in t:
         values["clip_iqa"] = t["clip_iqa"].double().numpy()
     values |= {f"spectrum_{band}": t["bands"][:, k].numpy() for k, band in enumerate(BANDS)}
-    if borders is not None and (across := seams(t["row_steps"], t["column_steps"], borders)) is not None:
-        values["seams"] = across
     if "objects" in t:
         found, true = t["objects"], t["true_objects"]
         extra = found.sum(1) - true.sum(1)
@@ -99,19 +98,25 @@ def per_image(
     place = {"id": images.ids, "seed": images.seeds}
     tables = [pd.DataFrame({**place, "metric": name, "value": values[name]}) for name in wanted]
     if references is not None:
-        tables += _beside_references(images, references, [name for name in ("high_band", "low_band") if name in scores])
+        beside = _beside_references(images, references, borders)
+        tables += [rows for name, rows in beside.items() if name in scores]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["id", "seed", "metric", "value"])
 
 
-def _beside_references(images: Features, references: Features, names: Sequence[str]) -> list[pd.DataFrame]:
+def _beside_references(images: Features, references: Features, borders: Borders | None) -> dict[str, pd.DataFrame]:
     """Per-image scores that compare with the reference of the same prompt; images without one are left aside."""
     rows = {name: i for i, name in enumerate(references.ids)}
     images = images.take([i for i, name in enumerate(images.ids) if name in rows])
     true = references.take([rows[name] for name in images.ids])
     high = images.tensors["bands"][:, -1] - true.tensors["bands"][:, -1]
     low = (images.tensors["low"].double() - true.tensors["low"]).square().mean((1, 2, 3)).sqrt()
-    values, place = {"high_band": high.numpy(), "low_band": low.numpy()}, {"id": images.ids, "seed": images.seeds}
-    return [pd.DataFrame({**place, "metric": name, "value": values[name]}) for name in names]
+    values = {"high_band": high.numpy(), "low_band": low.numpy()}
+    if borders is not None:
+        here, there = (seams(f.tensors["row_steps"], f.tensors["column_steps"], borders) for f in (images, true))
+        if here is not None and there is not None:
+            values["seams"] = here - there
+    place = {"id": images.ids, "seed": images.seeds}
+    return {name: pd.DataFrame({**place, "metric": name, "value": found}) for name, found in values.items()}
 
 
 def score(images: Features, references: Features, settings: Metrics, table: pd.DataFrame) -> list[Score]:
@@ -170,7 +175,7 @@ class _Scorer:
         elif metric in ("count", "colours", "repetition"):
             what = "objects read by hires.scenes.parse; "
         elif metric == "seams":
-            what = "log10 of gradient energy on borders of attention patches over that on other token borders; "
+            what = "log10 of gradient energy on patch borders over that on other token borders, less the true image's; "
         elif metric == "high_band":
             what = "log10 of grey-level variance in .5–1 of Nyquist, less that of the true image; "
         elif metric == "low_band":
