@@ -400,7 +400,7 @@ def test_compiled_models_follow_the_change_of_processors(family, way):
 
 def test_several_images_of_several_prompts():
     backbone = wrapped(build_pipeline("tiny-flux"), "tiny-flux")
-    options = {"height": 192, "width": 192, "num_inference_steps": 2, "tau": 500}
+    options = {"height": 128, "width": 96, "num_inference_steps": 2, "tau": 500}
     images = hires.generate(backbone, PROMPTS, seed=[3, 7], num_images_per_prompt=2, **options)
     assert len(images) == 4
     for image, (prompt, seed) in zip(images, [(0, 3), (0, 4), (1, 7), (1, 8)], strict=True):
@@ -426,10 +426,10 @@ def test_previews_come_after_every_stage_but_the_last():
     backbone = wrapped(build_pipeline("tiny-flux"), "tiny-flux")
     seen = []
     hires.generate(
-        backbone, PROMPTS, height=512, width=256, num_inference_steps=2, tau=500,
+        backbone, PROMPTS[0], height=512, width=256, num_inference_steps=2, tau=500,
         preview=lambda name, images: seen.append((name, [image.size for image in images])),
     )  # fmt: skip
-    assert seen == [("base", [(32, 64)] * 2), ("stage-1", [(32, 64)] * 2)]
+    assert seen == [("base", [(32, 64)]), ("stage-1", [(32, 64)])]
 
 
 def test_a_preview_is_the_small_image():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from extended import controlnet, image_encoder, ip_adapter, picture
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -37,6 +38,10 @@ def folder(tmp_path, monkeypatch):
     """Everything that the examples name."""
     monkeypatch.chdir(tmp_path)
     pipe = build_pipeline("tiny-flux")
+    transformer = pipe.transformer
+    transformer.transformer_blocks = transformer.transformer_blocks[:1]
+    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:1]
+    transformer.register_to_config(num_layers=1, num_single_layers=1)
     pipe.save_pretrained("model")
     write_json(Path("model/hires.json"), HINTS)
     controlnet("tiny-flux", pipe).save_pretrained("controlnet")
@@ -45,8 +50,6 @@ def folder(tmp_path, monkeypatch):
     parts = ip_adapter("tiny-flux", pipe).items()
     tensors = {f"{kind}.{name}": tensor for kind, part in parts for name, tensor in part.items()}
     save_file(tensors, "ip-adapter/ip_adapter.safetensors")
-    from peft import LoraConfig
-
     torch.manual_seed(0)
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "ink")
     save_lora(pipe, tmp_path, "ink")
