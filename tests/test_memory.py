@@ -163,6 +163,7 @@ def test_promotion_fills_the_readme(measured, tmp_path, monkeypatch):
     text = Path("README.md").read_text()
     assert "| flux-dev | 4096x4096 | float32, within 24 GB | " in text and "| out of memory | |" in text
     assert text == memory.readme_with_table(text, memory.REFERENCE / "memory.csv") and memory.UNMEASURED not in text
+    assert "memory/memory.csv" in Path("results/reference/SHA256SUMS").read_text()
     stages = pd.read_csv(memory.REFERENCE / "stages.csv")
     assert stages["stage"].tolist() == 2 * ["base", "stage-1", "decode"]
     row = next((measured / "rows").iterdir())

@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.what == "memory":
         from hires import memory
+        from hires.reference import seal
 
         print(memory.promote(args.source or memory.ROOT))
+        seal()
         return
     if args.what == "speed":
         _promote_speed(args.source or Path("results/speed"))
@@ -103,8 +105,9 @@ def _promote_results(source: Path) -> None:
 
 
 def _promote_speed(source: Path) -> None:
-    from hires.reference import REFERENCE
+    from hires.reference import REFERENCE, seal
     from hires.speed.summary import promote
 
     promote(source, REFERENCE / "speed", Path("README.md"))
+    seal()
     print(REFERENCE / "speed")
