@@ -12,8 +12,7 @@ from PIL import Image, PngImagePlugin
 from hires import layout
 from hires.cli import main
 from hires.config import load_config
-from hires.metrics import load_clip, load_features
-from hires.models import HINTS, build_clip, build_pipeline
+from hires.models import HINTS, build_pipeline
 from hires.storage import read_json, write_json
 
 CONFIG = """
@@ -35,15 +34,10 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     build_pipeline("tiny-flux").save_pretrained(folder / "model")
     write_json(folder / "model/hires.json", HINTS["tiny-flux"])
-    for part in build_clip():
-        part.save_pretrained(folder / "assets/tiny-clip")
     (folder / "small.yaml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("hires.models.ASSETS", folder / "assets")
-        load_clip.cache_clear(), load_features.cache_clear()
         assert main(["run", "--config", "small.yaml"]) == 0
-    load_clip.cache_clear(), load_features.cache_clear()
     return folder
 
 

@@ -1,5 +1,6 @@
 """hires_kernels.watch: what ran, and how it was launched."""
 
+import pytest
 import torch
 from hires_kernels import local_attention, neighborhood_patch_attention, watch
 
@@ -33,4 +34,15 @@ def test_fused_kernels_say_how_they_were_launched():
         "kernel": "fused.npa", "queries": 32, "keys": 16, "warps": 4, "stages": 1, "programs": 1, "tile": [4, 4],
         "tma": True,
     }  # fmt: skip
-    assert local["kernel"] == "fused.local, forward" and {"num_warps", "num_stages", "ROWS", "COLS"} <= set(local)
+    assert local["kernel"] == "fused.local_forward" and {"num_warps", "num_stages", "ROWS", "COLS"} <= set(local)
+
+
+@pytest.mark.gpu
+def test_what_is_chosen_on_a_gpu():
+    image = [torch.randn(1, 32 * 32, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    with watch() as ran:
+        neighborhood_patch_attention(*image, grid=(32, 32), window=(16, 16))
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert ran.operations == {"neighborhood_patch_attention": ["gluon" if hopper else "triton"]}
+    assert ran.launches[-1]["kernel"] == ("hopper.npa" if hopper else "fused.npa")
+    assert {"queries", "keys", "tile"} <= set(ran.launches[-1])

@@ -524,7 +524,7 @@ def launch(kernel: str, views: tuple[View, ...], dense: int, query: Tensor) -> L
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }
-    watching.launched(f"fused.local, {kernel}", splits=splits, **constants)
+    watching.launched(f"fused.{kernel}", splits=splits, **constants)
     return Launch(shapes, (owners, batch * heads, splits), steps, constants)
 
 
