@@ -142,6 +142,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         while failed is None and any(process.poll() is None for process in processes):
             time.sleep(0.05)
             failed = next((process for process in processes if process.poll()), None)
+        grace = time.monotonic() + 5  # the same mistake ends all of them, and the first says it
+        while failed is not None and processes[0].poll() is None and time.monotonic() < grace:
+            time.sleep(0.05)
+        if processes[0].returncode:
+            failed = processes[0]
         for process in processes if failed else ():
             process.terminate()
         codes = [process.wait() for process in processes]
