@@ -137,6 +137,7 @@ def test_an_image_that_was_exchanged_together_with_its_record_is_told(verify):
         (lambda m: m["provenance"][0].update(commit="abc", dirty=True), "made by commit abc with local changes, not "),
         (lambda m: m["provenance"][0].update(hires="9.9"), "made by hires 9.9, not 0.1.0"),
         (lambda m: m["provenance"][0].update(revision="abc"), "made with another revision or other files of 'model'"),
+        (lambda m: m["images"][0].update(file="../../escape.png"), "images.0.file: string should match pattern"),
         (lambda m: m.update(tempo=1), "tempo: extra inputs are not permitted: hires 0.1.0 wrote it, this is 0.1.0"),
     ],
 )

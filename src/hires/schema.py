@@ -6,9 +6,9 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from hires import __version__
@@ -125,7 +125,7 @@ class Entry(Measured):
 
     id: str
     seed: int
-    file: str
+    file: Annotated[str, StringConstraints(pattern=r"^[^/\\]+\.[a-z]+$")]
 
 
 class Manifest(Part):

@@ -248,7 +248,10 @@ def _promotions(folder: Folder, differing: set[str]) -> Iterator[Difference]:
     for file in sorted(folder.path.glob("provenance/*.json")):
         name = file.relative_to(folder.path).as_posix()
         try:
-            records[file.stem] = [Promotion.of(entry, file) for entry in read_json(file)]
+            found = read_json(file)
+            records[file.stem] = [
+                Promotion.of(entry, file) for entry in (found if isinstance(found, list) else [found])
+            ]
         except HiresError as error:
             yield Difference("other", name, str(error).removeprefix(f"{file}: "))
             continue
