@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hires.errors import HiresError
-from hires.sizes import check_multiple, nearest_sizes, parse_size, stage_sizes
+from hires.sizes import base_size, check_multiple, nearest_sizes, parse_size, stage_sizes
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,22 @@ def test_rule_holds_for_every_allowed_target(rows, columns, stages):
 def test_nearest_sizes_reach_beyond_the_first_search():
     for size in nearest_sizes(32, 32 * 600, 128, 32):
         assert stage_sizes(*size, 128, 32)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "base", "multiple"), [(1, 3000, 16, 8), (2400, 8, 24, 16), (5, 2000, 8, 8)]
+)
+def test_nearest_sizes_of_extreme_aspects(height, width, base, multiple):
+    """Beside every allowed size of a raster that is large enough."""
+    side = 2 * max(height, width)
+    allowed = [
+        (h, w)
+        for h in range(multiple, side, multiple)
+        for w in range(multiple, side, multiple)
+        if base_size(h, w, base, multiple)
+    ]
+    nearest = sorted(allowed, key=lambda size: ((size[0] - height) ** 2 + (size[1] - width) ** 2, size))[:2]
+    assert list(nearest_sizes(height, width, base, multiple)) == nearest
 
 
 def test_multiples():

@@ -6,6 +6,7 @@ A base of less than half or more than twice the training area is none: such a ta
 """
 
 import re
+from collections.abc import Iterator
 from math import gcd, isqrt
 from typing import Literal
 
@@ -65,8 +66,7 @@ def nearest_sizes(height: int, width: int, base_resolution: int, multiple: int) 
     def distance(size: Size) -> int:
         return (size[0] - height) ** 2 + (size[1] - width) ** 2
 
-    reach = multiple
-    while True:
+    for reach in (4 * multiple, 16 * multiple, 64 * multiple):
         found = [
             (h, w)
             for h in _multiples(height, reach, multiple)
@@ -76,7 +76,23 @@ def nearest_sizes(height: int, width: int, base_resolution: int, multiple: int) 
         nearest = sorted(found, key=lambda size: (distance(size), size))[:2]
         if len(nearest) == 2 and distance(nearest[1]) <= reach**2:
             return nearest[0], nearest[1]
-        reach *= 2
+    first, second = sorted(
+        _by_aspect(height, width, base_resolution, multiple), key=lambda size: (distance(size), size)
+    )[:2]
+    return first, second
+
+
+def _by_aspect(height: int, width: int, base_resolution: int, multiple: int) -> Iterator[Size]:
+    """Of every aspect ratio that has a base, the two allowed sizes nearest to (height, width)."""
+    area = base_resolution**2
+    most = 2 * area // multiple**2
+    for p in range(1, most + 1):
+        for q in range(1, most // p + 1):
+            if gcd(p, q) == 1:
+                least = isqrt((area - 1) // (2 * p * q * multiple**2)) + 1
+                n = max((height * p + width * q) // ((p * p + q * q) * multiple), least)
+                sizes = [(m * p * multiple, m * q * multiple) for m in (n, n + 1)]
+                yield from (size for size in sizes if base_size(*size, base_resolution, multiple))
 
 
 def _multiples(side: int, reach: int, multiple: int) -> range:
