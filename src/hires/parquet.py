@@ -37,8 +37,10 @@ def read(path: Path, columns: Sequence[str] = ()) -> pa.Table:
     """
     data = read_bytes(path)
     try:
-        # A thread of Arrow's that lets go of `data` while Python ends would abort the process.
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read(use_threads=False)
+        # In memory of Arrow's own: one of its threads that lets go of Python's while Python ends aborts the process.
+        memory = pa.allocate_buffer(len(data))
+        pa.FixedSizeBufferWriter(memory).write(data)
+        table = pq.ParquetFile(pa.BufferReader(memory), page_checksum_verification=True).read(use_threads=False)
         seal = (table.schema.metadata or {}).get(SEAL)
         whole = seal in (None, _seal(table.schema))
     except (pa.ArrowException, OSError, ValueError) as error:
