@@ -139,7 +139,7 @@ HOLD = (
     "import os, sys\n"
     "from hires.devices import locked_device\n"
     "with locked_device('auto', poll=0.01) as device:\n"
-    "    print(device, os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
+    "    os.write(1, f'{device} {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n'.encode()); sys.stdin.read()"
 )
 
 
