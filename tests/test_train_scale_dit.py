@@ -517,7 +517,7 @@ def test_the_recipe_names_its_mistakes(tmp_path):
     refused("sampling: {local_radiuss: 3}", "sampling: unknown key 'local_radiuss': did you mean 'local_radius'?")
     refused("batch: 0", "batch = 0: input should be greater than or equal to 1")
     refused("sampling: {lr_keys: false}", "sampling.lr_keys = false")
-    refused("a: [", "not YAML")
+    refused("a: [", "must be YAML")
     refused("- 1", "must be a mapping of keys: model,")
     with pytest.raises(HiresError, match="can't be read: No such file"):
         Recipe.load(tmp_path / "none.yaml")
