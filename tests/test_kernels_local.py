@@ -184,7 +184,7 @@ def test_morton_reads_quadrants_in_turn():
 def test_bad_input_is_one_clear_line():
     image, text = inputs(CPU, (3, 3))
     options = {"grid": (3, 3), "radius": 1, "backend": "triton"}
-    with pytest.raises(KernelError, match="needs all tensors of one dtype"):
+    with pytest.raises(KernelError, match="must share one floating-point dtype"):
         local_attention(*image, text=tuple(x.float() for x in text), **options)
     with pytest.raises(KernelError, match=r"scale 0.0: .* needs a positive one"):
         local_attention(*image, scale=0, **options)

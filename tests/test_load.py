@@ -1,6 +1,6 @@
 """Many prompts, jobs and images: time and memory stay in proportion. Full size: docs/log.md, "Load"."""
 
-import os
+import json
 import subprocess
 import sys
 import time
@@ -24,16 +24,25 @@ ROOT = Path(__file__).parents[1]
 GIB = 2**30
 
 
+MEASURE = """
+import json, os, subprocess, sys
+child = subprocess.Popen(sys.argv[2:], stdout=open("output", "w"), stderr=subprocess.STDOUT)
+_, status, used = os.wait4(child.pid, 0)
+found = [os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]
+json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
 def run(folder, *command):
-    """(output, CPU seconds, peak bytes) of a process and its children."""
-    with (folder / "output").open("w+") as output:
-        child = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    assert child.returncode == 0, text
-    return text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    """(output, CPU seconds, peak bytes) of a process and its children.
+
+    Started by a small process: Linux counts the memory of the one that starts it.
+    """
+    subprocess.run([sys.executable, "-c", MEASURE, "measured", *map(str, command)], cwd=folder, check=True)
+    code, seconds, peak = json.loads((folder / "measured").read_text())
+    text = (folder / "output").read_text()
+    assert code == 0, text
+    return text, seconds, peak
 
 
 def small(path, n, shard_size):

@@ -714,9 +714,6 @@ def _checked(
     scale: float,
     **options: Any,
 ) -> tuple[Inputs, Options]:
-    tensors = query, key, value, *(text or ()), *(guidance or ())
-    if any(x.dtype != query.dtype for x in tensors):
-        raise KernelError(f"query of {query.dtype}: backend 'triton' needs all tensors of one dtype")
     if scale <= 0:
         raise KernelError(f"scale {scale}: backend 'triton' needs a positive one")
     if text:
