@@ -496,10 +496,13 @@ def workplace(config):
     return before
 
 
-def snakemake(*arguments, **options):
+LIMITED = {"PYTHONDONTWRITEBYTECODE": "1"}  # Python 3.11 takes a module that it could write in part for whole
+
+
+def snakemake(*arguments, variables=None, **options):
     binaries = Path(sys.executable).parent
     command = [binaries / "snakemake", "--snakefile", ROOT / "Snakefile", "images", "--configfile", "config.yaml"]
-    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", **(variables or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **pipes, **options)
 
@@ -538,7 +541,8 @@ def test_snakemake_goes_on_after_every_fault(workplace):
     assert hanging.returncode != 0
     assert re.search("hires prompts: killed, .* or after job_minutes = 0.1; finished work is kept", out), out
 
-    full = snakemake(preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (14_000, 14_000)))
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (14_000, 14_000))
+    full = snakemake(preexec_fn=limit, variables=LIMITED)
     out, _ = full.communicate()
     assert full.returncode != 0 and "finished work is kept: free some space and run it again" in out, out
 
