@@ -52,7 +52,8 @@ class Backbone(ABC):
     controlnet_facts: ClassVar[tuple[str, ...]] = ()  # what its configuration shares with the model's
 
     def __init_subclass__(cls) -> None:
-        Backbone.families[cls.family] = cls
+        if "family" in vars(cls):  # what families share has none
+            Backbone.families[cls.family] = cls
 
     def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
         self.pipe = pipe

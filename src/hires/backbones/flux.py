@@ -58,7 +58,22 @@ def flow_schedule(scheduler: Any, sampling: Sampling, first: int, mu: float, dev
     )
 
 
-class Flux(Backbone):
+class PackedTransformer(Backbone):
+    """A transformer over latents that are packed 2×2 into tokens."""
+
+    @property
+    def model(self):
+        return self.pipe.transformer
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.config.in_channels // 4
+
+    def _trained_resolution(self) -> int:
+        return self.pipe.default_sample_size * self.scale
+
+
+class Flux(PackedTransformer):
     """FLUX.1-dev, FLUX.1-schnell and everything that loads as a FluxPipeline."""
 
     family = "flux"
@@ -71,17 +86,6 @@ class Flux(Backbone):
         "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim",
         "axes_dims_rope",
     )  # fmt: skip
-
-    @property
-    def model(self):
-        return self.pipe.transformer
-
-    @property
-    def latent_channels(self) -> int:
-        return self.model.config.in_channels // 4
-
-    def _trained_resolution(self) -> int:
-        return self.pipe.default_sample_size * self.scale
 
     def _family_defaults(self) -> Sampling:
         """ScaleDiff's FLUX.1-dev setting; a transformer without guidance embedding is FLUX.1-schnell."""

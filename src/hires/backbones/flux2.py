@@ -9,14 +9,14 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Generator, Tensor
 
-from hires.backbones.base import Backbone, Conditioning, draw
-from hires.backbones.flux import flow_schedule, image_ids, pack, unpack
+from hires.backbones.base import Conditioning, draw
+from hires.backbones.flux import PackedTransformer, flow_schedule, image_ids, pack, unpack
 from hires.backbones.schedule import Schedule
 from hires.extras import Control
 from hires.settings import SCALE_DIT, Sampling
 
 
-class Flux2Klein(Backbone):
+class Flux2Klein(PackedTransformer):
     """FLUX.2 [klein], distilled (4 steps, no guidance) or base (classifier-free guidance).
 
     Latents are patches of the pipeline put back in their places: 8 pixels each, so that an upsampled latent has the
@@ -31,17 +31,6 @@ class Flux2Klein(Backbone):
         super().__init__(pipe, name, hints, revision)
         if pipe.config.is_distilled:
             self.without += ("guidance_scale", "stage_guidance_scale", "negative_prompt")
-
-    @property
-    def model(self):
-        return self.pipe.transformer
-
-    @property
-    def latent_channels(self) -> int:
-        return self.model.config.in_channels // 4
-
-    def _trained_resolution(self) -> int:
-        return self.pipe.default_sample_size * self.scale
 
     def _family_defaults(self) -> Sampling:
         """The model cards' steps and guidance. τ is the project's choice, on no image of these models yet: with the
