@@ -239,7 +239,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, attention runs in its dtype, as PyTorch's own does."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch before 2.13 can't trace is_autocast_available
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) for x in tensors)
