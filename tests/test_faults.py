@@ -405,6 +405,8 @@ hires.generate(backbone, "a red disc", "direct", height=256, width=256, num_infe
 for megabytes, stage in (
     (30, lambda config: base.run(config, "flux", latents.name, 0)),
     (64, lambda config: images.run(config, "large", "flux", 512, 512, 0)),
+    (64, lambda config: config.compute.out_of_memory == "refuse" and hires.generate(
+        backbone, ["a red disc"] * 2, "direct", height=512, width=512, num_inference_steps=1)),
 ):
     held = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, resource.RLIM_INFINITY))
@@ -436,11 +438,12 @@ def test_out_of_memory_is_told_or_answered(tmp_path, monkeypatch):
     child = start(SHORT_OF_MEMORY)
     out, err = child.communicate()
     told = out.splitlines()
-    assert child.returncode == 0 and len(told) == 2, err
+    assert child.returncode == 0 and len(told) == 3, err
     assert told[0].startswith("base latents of flux, 128x128, batch 64: out of memory: ")
     assert "MiB asked for; what helps: compute.batch_size = 32; compute.out_of_memory = adapt" in told[0]
     assert told[1].startswith("direct at 512x512 on flux, batch 1: out of memory: ")
     assert "sampling.vae_tiling = true" in told[1]
+    assert told[2].startswith("512x512, batch 2: out of memory: ") and "vae_tiling = true, view_batch = 1" in told[2]
     assert "going on with batch_size = 32" in err and "going on with vae_tiling = True" in err
     config = load_config("config.yaml")
     (latents,) = layout.base_sets(config)

@@ -14,6 +14,7 @@ from hires.cascade import Callback, Stage, cascade, decode, to_pixels
 from hires.cascade import preview as small
 from hires.errors import HiresError
 from hires.extras import NO_EXTRAS, Extras, fitted
+from hires.oom import ADVICE, attempt
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.variants import Variant
@@ -63,7 +64,7 @@ def generate(
         overrides: fields of `hires.settings.Sampling`, for example tau=300 or negative_prompt="blurry".
 
     Raises:
-        HiresError: bad input, in one line.
+        HiresError: bad input, or too little memory, in one line.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
@@ -97,13 +98,21 @@ def generate(
         extras,
         crop,
     )
-    try:
+    made: list[Image.Image] = []
+
+    def make() -> None:
         for stage in stages:
             if preview is not None and (stage.height, stage.width) != (height, width):
                 preview(stage.name, small(backbone, stage))
-        return decode(backbone, stage, sampling.vae_tiling)
+        made.extend(decode(backbone, stage, sampling.vae_tiling))
+
+    try:
+        reason = attempt(make)
     finally:
         backbone.free()
+    if reason:
+        raise HiresError(f"{height}x{width}, batch {len(prompts) * len(copies)}: {reason}; {ADVICE}")
+    return made
 
 
 def run(
