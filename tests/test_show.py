@@ -1,5 +1,6 @@
 """`hires show`: the record of an image, and the image once more from it."""
 
+import hashlib
 import json
 import shutil
 
@@ -8,9 +9,11 @@ import pytest
 from peft import LoraConfig
 from PIL import Image, PngImagePlugin
 
+import hires
 from hires import layout
 from hires.cli import main
 from hires.config import load_config
+from hires.errors import HiresError
 from hires.lora import save_lora
 from hires.models import HINTS, build_pipeline
 from hires.stages import base, images, prompts
@@ -80,6 +83,30 @@ def test_every_stage_is_made_again(cubes, stage, tmp_path, capsys):
 def test_other_starts_and_families(options, tmp_path):
     file = generate(tmp_path / "out.png", "--size", "192x256", *options)
     assert show(file, "--again", tmp_path / "again.png", *CPU) == 0
+
+
+def test_images_of_the_python_call_carry_their_record(tmp_path, capsys):
+    backbone = hires.load("tiny-flux", device="cpu", weights="random")
+    settings = {"height": 192, "width": 256, "num_inference_steps": 2, "tau": 500}
+    made = hires.generate(backbone, ["a cone", "a ball"], "npa", seed=[3, 4], num_images_per_prompt=2, **settings)
+    for image, prompt, seed in zip(made, ["a cone", "a cone", "a ball", "a ball"], [3, 4, 4, 5], strict=True):
+        record = json.loads(image.info["parameters"])
+        assert (record["prompt"], record["seed"], record["additions"]) == (prompt, seed, None)
+    (alone,) = hires.generate(backbone, "a ball", "npa", seed=5, **settings)
+    hires.save(alone, tmp_path / "ball.png")
+    assert show(tmp_path / "ball.png", "--again", tmp_path / "again.png") == 0
+    own = Image.fromarray(np.full((96, 128, 3), 90, np.uint8))
+    (mine,) = hires.generate(backbone, "a ball", image=own, strength=0.5, **settings)
+    hires.save(mine, tmp_path / "mine.png")
+    told = json.loads(mine.info["parameters"])["additions"]["image"]
+    assert told == {"size": "96x128", "sha256": hashlib.sha256(own.tobytes()).hexdigest()}
+    assert show(tmp_path / "mine.png", "--again", tmp_path / "again.png") == 2
+    assert "made with image, which aren't in the image" in capsys.readouterr().err
+    with pytest.raises(HiresError, match="only PNG carries the parameters"):
+        hires.save(mine, tmp_path / "mine.jpg")
+    with pytest.raises(HiresError, match="this image has no record"):
+        hires.save(own, tmp_path / "own.png")
+    assert not (tmp_path / "own.png").exists()
 
 
 def test_trained_weights_are_told_by_their_revision(tmp_path, capsys):

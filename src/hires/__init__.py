@@ -1,6 +1,6 @@
 """hires: 4K and 8K images from the diffusion models you already have.
 
-The heavy names (`load`, `generate`, `Backbone`) are imported on first use, so that `import hires` stays cheap.
+The names (`load`, `generate`, `save`, `Backbone`) are imported on first use, so that `import hires` stays cheap.
 """
 
 import logging
@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hires.backbones import Backbone, load
     from hires.generation import generate
+    from hires.records import save
 
 __version__ = "0.1.0"
-__all__ = ["Backbone", "__version__", "generate", "load"]
+__all__ = ["Backbone", "__version__", "generate", "load", "save"]
 
 # Image processors of pipelines that hires never feeds; the default installation does without torchvision.
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision" not in record.getMessage()
 )
 
-_HOME = {"Backbone": "hires.backbones", "load": "hires.backbones", "generate": "hires.generation"}
+_HOME = {
+    "Backbone": "hires.backbones",
+    "load": "hires.backbones",
+    "generate": "hires.generation",
+    "save": "hires.records",
+}
 
 
 def __getattr__(name: str) -> Any:

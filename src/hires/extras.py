@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -102,6 +103,22 @@ class Extras:
             )
         return values
 
+    def told(self) -> dict[str, Any]:
+        """What was given, as JSON-ready values for a record: images and embeddings as their digests."""
+        found: dict[str, Any] = {}
+        if self.control_images:
+            names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+            found = {"control_images": [told(image) for image in self.control_images]}
+            found |= {name: self.each(name) for name in names}
+        if self.ip_adapter_images:
+            found["ip_adapter_images"] = [told(image) for image in self.ip_adapter_images]
+        if self.ip_adapter_image_embeds is not None:
+            found["ip_adapter_image_embeds"] = [
+                sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+                for x in self.ip_adapter_image_embeds
+            ]
+        return found
+
 
 NO_EXTRAS = Extras()
 
@@ -166,6 +183,11 @@ def fitted(what: str, image: Image.Image, height: int, width: int, crop: bool = 
         )
     top, left = (rgb.height - rows) // 2, (rgb.width - columns) // 2
     return rgb.crop((left, top, left + columns, top + rows))
+
+
+def told(image: Image.Image) -> dict[str, str]:
+    """A picture in memory, for a record: its size (height x width), and the SHA-256 of its RGB values."""
+    return {"size": f"{image.height}x{image.width}", "sha256": sha256(image.convert("RGB").tobytes()).hexdigest()}
 
 
 def _pictures(name: str, given: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:

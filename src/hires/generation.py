@@ -1,5 +1,6 @@
 """`hires.generate`: images from prompts in one call, and the record that makes an image again."""
 
+import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from hires.backbones.base import Backbone
 from hires.cascade import Callback, Stage, cascade, decode, to_pixels
 from hires.cascade import preview as small
 from hires.errors import HiresError
-from hires.extras import NO_EXTRAS, Extras, fitted
+from hires.extras import NO_EXTRAS, Extras, fitted, told
 from hires.oom import ADVICE, attempt
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
@@ -46,6 +47,8 @@ def generate(
     **overrides: Any,
 ) -> list[Image.Image]:
     """Images of height × width pixels, `num_images_per_prompt` of the first prompt, then of the second, …
+
+    Each carries its record in `info["parameters"]`, as JSON; `hires.save` writes it into a PNG.
 
     Args:
         backbone: from `hires.load` or `Backbone.from_pipeline`.
@@ -84,10 +87,12 @@ def generate(
         ip_adapter_image=ip_adapter_image,
         ip_adapter_image_embeds=ip_adapter_image_embeds,
     )
+    texts = [text for text in prompts for _ in copies]
+    numbers = [first + index for first in seeds for index in copies]
     stages = run(
         backbone,
-        [text for text in prompts for _ in copies],
-        [first + index for first in seeds for index in copies],
+        texts,
+        numbers,
         chosen,
         height,
         width,
@@ -105,13 +110,17 @@ def generate(
             if preview is not None and (stage.height, stage.width) != (height, width):
                 preview(stage.name, small(backbone, stage))
         made.extend(decode(backbone, stage, sampling.vae_tiling))
+        given = extras.told() | ({"image": told(image)} if image else {}) | ({"crop": True} if crop else {})
+        common = record(backbone, "", 0, variant, stage, sampling, strength, additions=given or None)
+        for picture, text, number in zip(made, texts, numbers, strict=True):
+            picture.info["parameters"] = json.dumps(common | {"prompt": text, "seed": number})
 
     try:
         reason = attempt(make)
     finally:
         backbone.free()
     if reason:
-        raise HiresError(f"{height}x{width}, batch {len(prompts) * len(copies)}: {reason}; {ADVICE}")
+        raise HiresError(f"{height}x{width}, batch {len(texts)}: {reason}; {ADVICE}")
     return made
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hires import __version__
 from hires.config import Config
 from hires.errors import HiresError, printable
 from hires.settings import Sampling
-from hires.storage import sha256
+from hires.storage import replacing, sha256
 from hires.untrusted import BROKEN, FORMATS, parse_json, read_picture
 from hires.variants import Variant, variant
 
@@ -87,6 +88,22 @@ def read(path: Path) -> dict[str, Any]:
         lack = "metadata of another program" if text else "no metadata"
         raise HiresError(f"{path}: {lack}: only files that hires wrote, and no program saved since, carry a record")
     return record
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Write an image of `hires.generate` as a PNG that carries its record, as the command line's do.
+
+    PIL's own `image.save` leaves the record out. HiresError for another format, and for an image without a record.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise HiresError(f"{path}: only PNG carries the parameters: give a name that ends with .png")
+    if "parameters" not in image.info:
+        raise HiresError(f"{path}: this image has no record (image.info['parameters']): only hires.generate's have one")
+    text = PngInfo()
+    text.add_text("parameters", image.info["parameters"])
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=text)
 
 
 def describe(record: Mapping[str, Any]) -> str:

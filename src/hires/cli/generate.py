@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> int | None:
     from hires.cascade import preview as small
     from hires.generation import record
     from hires.generation import run as stages
+    from hires.records import save as write_png
 
     def prepare(backbone: Backbone) -> Backbone:
         backbone = additions.add(backbone)
@@ -145,7 +146,8 @@ def run(args: argparse.Namespace) -> int | None:
         )
         made = decode(backbone, stage, sampling.vae_tiling)[0]
         if parallel.first():
-            write_png(made, path, told)
+            made.info["parameters"] = json.dumps(told)
+            write_png(made, path)
 
     with parallel.joined(args.device) as device, ProgressBar() as progress:
         backbone = load(args.model, device, args.dtype, args.weights, args.offload, prepare)
@@ -168,18 +170,6 @@ def run(args: argparse.Namespace) -> int | None:
             if parallel.first():
                 print(out)
     return None
-
-
-def write_png(image: "Image.Image", path: Path, record: dict[str, Any]) -> None:
-    """Write a PNG that carries its record."""
-    from PIL import PngImagePlugin
-
-    from hires.storage import replacing
-
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", json.dumps(record))
-    with replacing(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
 
 
 def blocks(image: "Image.Image", columns: int = 64) -> str:
