@@ -250,6 +250,7 @@ def _consume(
             shrink = gl.exp2(top - higher)
             total = total * shrink + gl.sum(weights, 1)
             top = higher
+            mbarrier.wait(v_ready.index(stage), phase)  # passed before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
             sums *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), 1)
@@ -272,24 +273,15 @@ def _consume(
         sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
         if PING_PONG:
             mbarrier.arrive(turns.index(1 - GROUP))
-        scores = warpgroup_mma_wait(1, [scores])
-        mbarrier.arrive(k_free.index(next_stage), pred=follows)
-        scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-        top = gl.max(scores, 1) * scale
-        weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
-        share = 1.0 / total
-        total = gl.sum(weights, 1)
-        sums, operand = warpgroup_mma_wait(0, [sums, operand])
-        mbarrier.arrive(v_free.index(stage))
-        operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-
-        sums *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
-        outputs = sums.to(dtype)
-        if STAGED:  # by way of the item's own queries, which nobody needs any more: whole rows to a warp
-            queries.store(outputs)
-            _synchronise()
-            outputs = queries.load(OUTPUTS)
-            _synchronise()
+        # meanwhile: the item after the next, whose queries take the place of this one's, and where outputs go
+        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
+            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        )
+        if not STAGED:
+            _fetch_queries(
+                GROUP, query, text_query, walks, shape, queries,
+                batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
+            )  # fmt: skip
         place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUTS))
         token, valid = _tokens(
             place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
@@ -301,15 +293,32 @@ def _consume(
             first = output + long_batch * grid[0] * grid[1] * heads * DIM
         result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
         result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
+        scores = warpgroup_mma_wait(1, [scores])
+        mbarrier.arrive(k_free.index(next_stage), pred=follows)
+        scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+        top = gl.max(scores, 1) * scale
+        weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
+        share = 1.0 / total
+        total = gl.sum(weights, 1)
+        mbarrier.wait(v_ready.index(stage), phase)
+        sums, operand = warpgroup_mma_wait(0, [sums, operand])
+        mbarrier.arrive(v_free.index(stage))
+        operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+
+        sums *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
+        outputs = sums.to(dtype)
+        if STAGED:  # by way of the item's own queries, which nobody needs any more: whole rows to a warp
+            queries.store(outputs)
+            _synchronise()
+            outputs = queries.load(OUTPUTS)
+            _synchronise()
         gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
 
-        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
-            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
-        )
-        _fetch_queries(
-            GROUP, query, text_query, walks, shape, queries,
-            batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
-        )  # fmt: skip
+        if STAGED:
+            _fetch_queries(
+                GROUP, query, text_query, walks, shape, queries,
+                batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
+            )  # fmt: skip
         batch, head, patch, tile, first_row, first_col = batch1, head1, patch1, tile1, first_row1, first_col1
         down, across, image_steps, steps = down1, across1, image_steps1, steps1
         batch1, head1, patch1, tile1, first_row1, first_col1 = batch2, head2, patch2, tile2, first_row2, first_col2
