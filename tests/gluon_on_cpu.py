@@ -226,6 +226,7 @@ def no_layout(*_):
 language = SimpleNamespace(
     constexpr=object, float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64,
     BlockedLayout=no_layout, SliceLayout=no_layout, NVMMADistributedLayout=no_layout, DotOperandLayout=no_layout,
+    DistributedLinearLayout=no_layout, reshape=torch.reshape,
     NVMMASharedLayout=SimpleNamespace(get_default_for=no_layout),
     allocate_shared_memory=allocate, static_range=range, thread_barrier=lambda: None, to_tensor=block,
     program_id=lambda axis: torch.tensor(local.program), num_programs=lambda axis: torch.tensor(local.programs),

@@ -173,6 +173,13 @@ def _hide(
 
 
 @gluon.jit
+def _partial_sums(weights, LAYOUT: gl.constexpr):
+    """(64, 4): sums of each row by the four threads that hold it, which are added up at the end of an item."""
+    pairs = gl.reshape(weights, [64, weights.shape[1] // 8, 4, 2])
+    return gl.convert_layout(gl.sum(gl.sum(pairs, 3), 1), LAYOUT)
+
+
+@gluon.jit
 def _consume(
     GROUP: gl.constexpr, query, output, text_query, text_output, shift,
     walks, shape, scale, q_tiles, k_tiles, v_tiles, barriers, turns,
@@ -187,6 +194,9 @@ def _consume(
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PARTS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
@@ -220,7 +230,7 @@ def _consume(
     scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
     top = gl.max(scores, 1) * scale
     weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
-    total = gl.sum(weights, 1)
+    total = _partial_sums(weights, PARTS)
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
     done = gl.to_tensor(0)  # steps of all items whose values have been added
@@ -248,9 +258,10 @@ def _consume(
             higher = gl.maximum(top, gl.max(scores, 1) * scale)
             weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
             shrink = gl.exp2(top - higher)
-            total = total * shrink + gl.sum(weights, 1)
+            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+            total += _partial_sums(weights, PARTS)
             top = higher
-            mbarrier.wait(v_ready.index(stage), phase)  # passed before: ptxas moves no softmax across a branch
+            mbarrier.wait(v_ready.index(stage), phase)  # as before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
             sums *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), 1)
@@ -273,33 +284,13 @@ def _consume(
         sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
         if PING_PONG:
             mbarrier.arrive(turns.index(1 - GROUP))
-        # meanwhile: the item after the next, whose queries take the place of this one's, and where outputs go
-        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
-            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
-        )
-        if not STAGED:
-            _fetch_queries(
-                GROUP, query, text_query, walks, shape, queries,
-                batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
-            )  # fmt: skip
-        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUTS))
-        token, valid = _tokens(
-            place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
-        )
-        long_batch = batch.to(gl.int64)
-        if tile >= image_tiles:
-            first = text_output + (long_batch * (patches[0] * patches[1]) + patch) * text_tokens * heads * DIM
-        else:
-            first = output + long_batch * grid[0] * grid[1] * heads * DIM
-        result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
-        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
-        share = 1.0 / total
-        total = gl.sum(weights, 1)
+        share = 1.0 / gl.sum(total, 1)
+        total = _partial_sums(weights, PARTS)
         mbarrier.wait(v_ready.index(stage), phase)
         sums, operand = warpgroup_mma_wait(0, [sums, operand])
         mbarrier.arrive(v_free.index(stage))
@@ -312,13 +303,26 @@ def _consume(
             _synchronise()
             outputs = queries.load(OUTPUTS)
             _synchronise()
+        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUTS))
+        token, valid = _tokens(
+            place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
+        )
+        long_batch = batch.to(gl.int64)
+        if tile >= image_tiles:
+            first = text_output + (long_batch * (patches[0] * patches[1]) + patch) * text_tokens * heads * DIM
+        else:
+            first = output + long_batch * grid[0] * grid[1] * heads * DIM
+        result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
+        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
         gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
 
-        if STAGED:
-            _fetch_queries(
-                GROUP, query, text_query, walks, shape, queries,
-                batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
-            )  # fmt: skip
+        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
+            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        )
+        _fetch_queries(
+            GROUP, query, text_query, walks, shape, queries,
+            batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
+        )  # fmt: skip
         batch, head, patch, tile, first_row, first_col = batch1, head1, patch1, tile1, first_row1, first_col1
         down, across, image_steps, steps = down1, across1, image_steps1, steps1
         batch1, head1, patch1, tile1, first_row1, first_col1 = batch2, head2, patch2, tile2, first_row2, first_col2
