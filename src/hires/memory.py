@@ -44,6 +44,7 @@ class Load(Section):
         "none", description="what rests in main memory: nothing; parts of the pipeline that don't run; single layers"
     )
     fp8: bool = Field(False, description="keep the weights of the transformer or U-Net in 8 bits, computing in dtype")
+    vae_tiling: bool | None = Field(None, description="VAE in tiles: always or never; null: from 4 times the base area")
     limit_gb: Annotated[float, Field(gt=0)] | None = Field(
         None, description="GB (1e9 bytes) of GPU memory that the process may take"
     )
@@ -59,7 +60,8 @@ class Load(Section):
 
     def mode(self) -> str:
         """The way in words: "bfloat16, model offload"."""
-        words = [self.dtype, "weights in 8 bits" if self.fp8 else "", f"{self.offload} offload"]
+        tiled = "tiled VAE" if self.vae_tiling else ""
+        words = [self.dtype, "weights in 8 bits" if self.fp8 else "", f"{self.offload} offload", tiled]
         return ", ".join(word for word in words if word and word != "none offload")
 
 
@@ -221,7 +223,7 @@ def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, A
         "reason": None,
     }
     try:
-        for stage in _stages(backbone, row, steps):
+        for stage in _stages(backbone, row, steps, load.vae_tiling):
             found["stages"].append(stage)
     except torch.OutOfMemoryError as error:
         found["reason"] = f"out of memory after {len(found['stages'])} stages: {str(error).splitlines()[0][:160]}"
@@ -232,12 +234,13 @@ def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, A
     return found
 
 
-def _stages(backbone: "Backbone", row: Row, steps: int) -> Iterator[dict[str, Any]]:
+def _stages(backbone: "Backbone", row: Row, steps: int, vae_tiling: bool | None = None) -> Iterator[dict[str, Any]]:
     from hires.cascade import Meter, cascade
     from hires.settings import Sampling
 
     watch, variant = _Watch(backbone.device.type == "cuda"), VARIANTS[row.variant]
-    every = Sampling.of(num_inference_steps=steps, tau=1000)  # the whole of a short schedule in each stage
+    # the whole of a short schedule in each stage
+    every = Sampling.of(num_inference_steps=steps, tau=1000, vae_tiling=vae_tiling)
     last = None
     for last in cascade(backbone, [PROMPT], [0], variant, row.height, row.width, every, callback=watch):
         yield _told(last, watch.steps.get(last.name, []), backbone, variant.dwt and last.name != "base")
@@ -246,7 +249,7 @@ def _stages(backbone: "Backbone", row: Row, steps: int) -> Iterator[dict[str, An
         return
     with Meter(backbone.device) as cost:
         assert last.latents is not None
-        pixels = backbone.decode(last.latents)
+        pixels = backbone.decode(last.latents, vae_tiling)
     yield {
         "stage": "decode",
         "height": row.height,
