@@ -72,7 +72,7 @@ def test_the_jobs_of_a_small_run(folder):
         "reference_features": 1,
         "base": 2,
         "collect_metrics": 1,
-        "notebook": 3,
+        "notebook": 4,
         "provenance": 1,
         "html_report": 1,
         "checksums": 1,
