@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from diffusers import (
     ControlNetModel,
+    EulerDiscreteScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -11,10 +12,19 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from hires import models
 from hires.backbones import Backbone
-from hires.models import HINTS, build_pipeline
+from hires.models import HINTS
 
 FAMILIES = ["tiny-flux", "tiny-sdxl"]
+
+
+def build_pipeline(family):
+    """A tiny pipeline; SDXL's starts above zero signal, where hires takes Euler's step just as diffusers does."""
+    pipe = models.build_pipeline(family)
+    if family == "tiny-sdxl":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)
+    return pipe
 
 
 def picture(height=128, width=128, seed=0):

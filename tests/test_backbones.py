@@ -165,6 +165,7 @@ def test_sdxl_base_is_the_stock_pipeline(sdxl, name, prediction):
     "options", [{"guidance_scale": 1.0}, {"guidance_scale": 4.0, "negative_prompt": "a grey cone"}]
 )
 def test_sdxl_guidance_is_the_stock_pipelines(sdxl, options):
+    sdxl.pipe.scheduler = scheduler("euler")
     stock = sdxl.pipe(
         PROMPTS[0], height=128, width=128, num_inference_steps=3, generator=generators(5), output_type="latent",
         **options,
@@ -173,10 +174,32 @@ def test_sdxl_guidance_is_the_stock_pipelines(sdxl, options):
     assert torch.equal(ours, stock)
 
 
+def test_the_step_from_zero_signal_keeps_its_digits():
+    """Euler from σ = 4096, against the same step in float64; diffusers' own form of it loses four digits there."""
+    stock = scheduler("euler", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    stock = type(stock).from_config(stock.config, timestep_spacing="trailing", steps_offset=0)
+    schedule = Schedule(stock, 2, prediction="v_prediction")
+    assert schedule.sigmas[0] > 4000
+    latents = schedule.sigmas[0] * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    output = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    x0 = schedule.to_x0(output.double(), latents.double(), 0)
+    exact = latents.double() + (latents.double() - x0) / schedule.sigmas[0] * (schedule.sigmas[1] - schedule.sigmas[0])
+    schedule.scale_model_input(latents, 0)
+    error = (schedule.step(output, latents, 0, []) - exact).norm() / exact.norm()
+    stock.set_timesteps(2)
+    stock.scale_model_input(latents, stock.timesteps[0])
+    lost = (stock.step(output, stock.timesteps[0], latents).prev_sample - exact).norm() / exact.norm()
+    assert error < 1e-6 and lost > 3e-5
+    step = schedule.step(output, exact.float(), 1, [])  # the last one ends at the clean estimate
+    torch.testing.assert_close(step, schedule.to_x0(output, exact.float(), 1))
+
+
 @pytest.mark.parametrize("name", ["tiny-flux", "tiny-sdxl"])
 def test_decoded_image_is_the_stock_pipelines(name):
     pipe = build_pipeline(name)
     pipe.vae.register_to_config(scaling_factor=0.37, shift_factor=0.12 if name == "tiny-flux" else None)
+    if name == "tiny-sdxl":
+        pipe.scheduler = scheduler("euler")
     options = {"max_sequence_length": 40} if name == "tiny-flux" else {}
     stock = pipe(PROMPTS[0], height=128, width=128, num_inference_steps=2, guidance_scale=2.0,
                  generator=generators(1), **options).images  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 import tiny_flux2
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from hires.backbones import Backbone
@@ -326,6 +326,8 @@ def test_random_shift_changes_the_image_and_repeats(backbone):
 def test_direct_is_the_stock_pipeline_at_the_target_size(backbone, monkeypatch):
     if backbone.family == "flux2":  # a shift that doesn't follow the token count, as tiny-flux has it
         monkeypatch.setattr(backbone.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    if backbone.family == "sdxl":  # where hires takes Euler's step as diffusers does
+        monkeypatch.setattr(backbone.pipe, "scheduler", EulerDiscreteScheduler(prediction_type="v_prediction"))
     options = {} if backbone.family == "sdxl" else {"max_sequence_length": backbone.defaults.max_sequence_length}
     images = backbone.pipe(
         prompt=PROMPTS[0], height=160, width=224, num_inference_steps=2, guidance_scale=2.0, output_type="latent",

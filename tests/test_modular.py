@@ -10,12 +10,13 @@ from diffusers.modular_pipelines.flux.before_denoise import FluxRoPEInputsStep
 from diffusers.modular_pipelines.flux.decoders import FluxUnpackLatentsStep
 from diffusers.modular_pipelines.flux.denoise import FluxDenoiseLoopWrapper, FluxLoopAfterDenoiser, FluxLoopDenoiser
 from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
+from extended import build_pipeline
 
 from hires import modular
 from hires.backbones import Backbone
 from hires.cascade import cascade
 from hires.errors import HiresError
-from hires.models import HINTS, build_pipeline
+from hires.models import HINTS
 from hires.settings import Sampling
 from hires.variants import VARIANTS
 

@@ -14,7 +14,7 @@ from diffusers import (
     MultiControlNetModel,
     StableDiffusionXLImg2ImgPipeline,
 )
-from extended import FAMILIES, controlnet, picture, with_controlnet, with_ip_adapter, wrapped
+from extended import FAMILIES, build_pipeline, controlnet, picture, with_controlnet, with_ip_adapter, wrapped
 from peft import LoraConfig
 from PIL import Image
 
@@ -23,7 +23,6 @@ from hires.backbones.flux import unpack
 from hires.cascade import cascade, preview
 from hires.errors import HiresError
 from hires.extras import Extras
-from hires.models import build_pipeline
 from hires.offload import KINDS, offload_parts
 from hires.settings import Sampling
 from hires.variants import VARIANTS, Variant

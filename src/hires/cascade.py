@@ -396,7 +396,8 @@ def base_latents(
 ) -> Tensor:
     """Clean base latents (n, C, h, w), float32, of a target of height × width pixels: shared by all variants.
 
-    They are what the untouched diffusers pipeline gives at the base size from the same seeds.
+    They are what the untouched diffusers pipeline gives at the base size from the same seeds; of a model that starts
+    from zero signal only within 1e-4 (see `Schedule.step`).
     """
     stages = cascade(backbone, prompts, seeds, Variant(), height, width, sampling)
     latents = next(stages).latents

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Generator, Tensor
 
 from hires.errors import HiresError
@@ -49,6 +50,7 @@ class Schedule:
         self.first = first
         self.prediction = prediction
         self.alphas, self.sigmas = self._levels()
+        self._cancels = isinstance(scheduler, EulerDiscreteScheduler) and scheduler.config.rescale_betas_zero_snr
         self._takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self._begin(first)
 
@@ -114,6 +116,14 @@ class Schedule:
         return ((alpha / square) * latents - x0) * (square**0.5 / sigma)
 
     def step(self, output: Tensor, latents: Tensor, step: int, generators: Sequence[Generator]) -> Tensor:
-        """The latents after this step. Steps are taken in order, each once; one generator per image."""
+        """The latents after this step. Steps are taken in order, each once; one generator per image.
+
+        diffusers' Euler step, x + (x − x̂0)/σ·(σ' − σ), cancels where σ = 4096 stands for pure noise: float32 loses four
+        digits, and others on a GPU than on a CPU. There it is taken as x̂0 + σ'/σ·(x − x̂0).
+        """
         options: dict[str, Any] = {"generator": list(generators)} if self._takes_generator else {}
-        return self.scheduler.step(output, self.timesteps[step], latents, return_dict=False, **options)[0]
+        following = self.scheduler.step(output, self.timesteps[step], latents, return_dict=False, **options)[0]
+        if not self._cancels:
+            return following
+        x0, ratio = self.to_x0(output, latents, step), float(self.scheduler.sigmas[step + 1]) / self.sigmas[step]
+        return x0 + ratio * (latents - x0)
