@@ -93,6 +93,15 @@ def test_a_step_is_timed_after_the_first_and_once_where_it_is_slow():
         slow("stage-1", 2, 5, torch.zeros(1))
 
 
+@pytest.mark.gpu
+def test_how_busy_a_gpu_is():
+    """Small kernels wait for the host; a step that is slower than the patience isn't profiled."""
+    backbone = load("tiny-flux", torch.device("cuda"))
+    step = steps.timed_step(backbone, steps.CONTENDERS["scalediff"], 256, repeats=3, patience=10)
+    assert 0.01 < step["busy"] < 1 and len(step["times"]) == 3
+    assert steps.timed_step(backbone, steps.CONTENDERS["scalediff"], 256, repeats=3, patience=0)["busy"] is None
+
+
 @pytest.mark.parametrize("model", ["flux-dev", "sdxl"])
 def test_counted_flop_of_the_full_models(model):
     """Against an independent count from the architectures' numbers (`hires.stages.arithmetic`)."""
