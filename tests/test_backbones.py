@@ -408,13 +408,15 @@ def test_size_that_sdxl_is_told(sdxl, time_ids, told):
     assert seen == [[[128, 128, 0, 0, 128, 128]] * 2] * 2 + [[row] * 2]
 
 
-def test_vae_runs_in_float32_under_float16_and_goes_back(sdxl):
+def test_vae_runs_in_float32_under_float16_and_goes_back(sdxl, caplog):
     sdxl.pipe.vae.to(torch.float16).register_to_config(force_upcast=True)
+    caplog.clear()
     seen = []
     sdxl.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     sdxl.pipe.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     assert sdxl.encode(sdxl.decode(torch.randn(1, 16, 8, 8))).dtype == torch.float32
     assert seen == [torch.float32, torch.float32] and sdxl.pipe.vae.dtype == torch.float16
+    assert not caplog.messages  # of diffusers' own casts
 
 
 def test_vae_tiles_above_four_times_the_base_area_or_as_asked(sdxl):

@@ -125,10 +125,10 @@ def test_float32_means_float32(monkeypatch):
     """While a model in float32 runs TF32 is off, and afterwards as it was."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     backbone, seen = hires.load("tiny-sdxl", device="cpu"), []
-    for part in (backbone.model, backbone.pipe.vae.decoder):
+    for part in (backbone.pipe.text_encoder, backbone.model, backbone.pipe.vae.decoder):
         part.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     run(backbone, "direct", (0,), side=128)
-    assert len(seen) == 3 and not any(seen) and torch.backends.cudnn.allow_tf32
+    assert len(seen) == 4 and not any(seen) and torch.backends.cudnn.allow_tf32
     with backbone.full_precision():
         assert not torch.backends.cudnn.allow_tf32
     backbone.model.to(torch.bfloat16)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from hires.adapters import switch_adapter
 from hires.attention import Guidance
@@ -215,8 +215,9 @@ class Backbone(ABC):
 
     def conditioning(self, prompts: list[str], sampling: Sampling, extras: Extras = NO_EXTRAS) -> Conditioning:
         """Text and image prompts together."""
-        text = self.encode_prompt(prompts, sampling)
-        return text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
+        with self.full_precision():
+            text = self.encode_prompt(prompts, sampling)
+            return text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
 
     def control(
         self, extras: Extras, size: tuple[int, int], generators: Sequence[Generator], sampling: Sampling
@@ -224,7 +225,8 @@ class Backbone(ABC):
         """What the ControlNets see at a stage of `size` (height, width) in pixels, for an image per generator."""
         if not extras.control_images:
             return None
-        maps = self.control_maps(extras.control_images, size, len(generators), generators, sampling)
+        with self.full_precision():
+            maps = self.control_maps(extras.control_images, size, len(generators), generators, sampling)
         return Control(maps, extras)
 
     def require_adapter(self, name: str) -> None:
@@ -354,11 +356,11 @@ class Backbone(ABC):
             tiling = was_tiled or x.shape[2] * x.shape[3] * factor**2 > 4 * self.base_resolution**2
         vae.use_tiling = tiling
         if upcast:
-            vae.to(torch.float32)
+            nn.Module.to(vae, torch.float32)  # not diffusers' own, which warns each time
         try:
             with self.full_precision(), shared_tiles(vae, x.shape[2:], factor):
                 yield vae
         finally:
             vae.use_tiling = was_tiled
             if upcast:
-                vae.to(dtype)
+                nn.Module.to(vae, dtype)
