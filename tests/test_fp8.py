@@ -10,7 +10,7 @@ from hires.cascade import cascade
 from hires.cli import main
 from hires.compilation import compile_blocks
 from hires.errors import HiresError
-from hires.fp8 import FP8, Fp8Linear, fp8_linears, quantise, quantised_layers
+from hires.fp8 import FP8, Fp8Linear, fp8_linears, only_8_bits, quantise, quantised_layers
 from hires.settings import PRESETS, Sampling
 from hires.step_cache import computed_steps, step_cache
 from hires.variants import VARIANTS
@@ -95,6 +95,24 @@ def test_the_error_of_each_option_is_small_and_not_zero(flux):
     for settings, most in (({"linears": "fp8"}, 0.2), ({"step_cache": 2}, 0.2), (PRESETS["fast"], 0.6)):
         assert 1e-3 < relative(latents(flux, **settings), exact) < most, settings
     assert torch.equal(latents(flux), exact)  # nothing stays
+
+
+def size(model):
+    return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("model", ["tiny-flux", "tiny-sdxl"])
+def test_weights_that_are_let_go(model):
+    """The same latents in half of the blocks' memory, wherever the model is moved."""
+    backbone = load(model, "cpu", "bfloat16")
+    layers = [layer.weight for _, _, layer in quantised_layers(backbone.model)]
+    exact, before = latents(backbone, steps=2, linears="fp8"), size(backbone.model)
+    only_8_bits(backbone.model)
+    assert not quantised_layers(backbone.model)
+    scales = sum(4 * len(weight) for weight in layers)
+    assert before - size(backbone.model) == sum(weight.numel() for weight in layers) - scales
+    assert torch.equal(latents(backbone, steps=2, linears="fp8"), exact)
+    assert all(x.is_meta for x in backbone.model.to("meta").state_dict().values())
 
 
 def test_sdxl_in_8_bits():

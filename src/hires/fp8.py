@@ -29,17 +29,21 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 class Fp8Linear(nn.Module):
     """What stands in for an nn.Linear, of which it keeps the bias."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.scale = quantise(linear.weight.detach())
+        weight, scale = quantise(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
-        device = self.weight.device
-        self.native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        self.native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = quantise(x.flatten(0, -2))
-        if self.native:
+        if self.native and rows.is_cuda:
             bias = None if self.bias is None else self.bias.to(torch.bfloat16)
             product = torch._scaled_mm(
                 rows,
@@ -73,11 +77,18 @@ def quantised_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]
     return found
 
 
+def only_8_bits(model: nn.Module) -> None:
+    """Replace the layers of `quantised_layers` for good: their 16-bit weights are let go, layer by layer."""
+    for parent, attribute, layer in quantised_layers(model):
+        setattr(parent, attribute, Fp8Linear(layer))
+
+
 @contextmanager
 def fp8_linears(model: nn.Module) -> Iterator[None]:
     """Within it the layers of `quantised_layers` run in 8 bits; afterwards the model is as it was.
 
-    The quantised weights stay in memory for the next time, half as large as those in 16 bits, which stay as well.
+    The quantised weights stay in memory for the next time, half as large as those in 16 bits, which stay as well; a
+    model after `only_8_bits` has none and is left alone.
     """
     layers = quantised_layers(model)
     try:

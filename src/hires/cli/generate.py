@@ -127,12 +127,18 @@ def run(args: argparse.Namespace) -> int | None:
     from hires.backbones import Backbone, load
     from hires.cascade import Stage, decode
     from hires.cascade import preview as small
+    from hires.fp8 import only_8_bits
     from hires.generation import record
     from hires.generation import run as stages
     from hires.records import save as write_png
 
+    def sampled(backbone: Backbone) -> Sampling:
+        return Sampling.of(**{**backbone.preset(args.preset), **given})
+
     def prepare(backbone: Backbone) -> Backbone:
         backbone = additions.add(backbone)
+        if sampled(backbone).linears == "fp8":
+            only_8_bits(backbone.model)
         if args.compile:
             from hires.compilation import compile_blocks
 
@@ -151,7 +157,7 @@ def run(args: argparse.Namespace) -> int | None:
 
     with parallel.joined(args.device) as device, ProgressBar() as progress:
         backbone = load(args.model, device, args.dtype, args.weights, args.offload, prepare)
-        sampling = Sampling.of(**{**backbone.preset(args.preset), **given})
+        sampling = sampled(backbone)
         for seed in range(args.seed, args.seed + args.images):
             out = args.out if args.images == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
             stage = None
