@@ -1,6 +1,7 @@
 """`hires generate` with what users add: against the same in Python, and every mistake in one line."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -73,7 +74,9 @@ def test_controlnet_ip_adapter_and_lora_from_the_command_line(parts, tmp_path, c
     pixels, record = made(out)
     digest = sha256(parts / "square.png")
     told = record["additions"]
-    assert told["loras"] == [{"file": "tiny-flux-lora", "weight": 0.5}] and len(record["adapters"]) == 1
+    style = sha256(parts / "tiny-flux-lora" / "pytorch_lora_weights.safetensors")
+    assert told["loras"] == [{"file": "tiny-flux-lora", "sha256": style, "weight": 0.5}]
+    assert len(record["adapters"]) == 1
     assert told["control_images"] == [{"file": "square.png", "sha256": digest}] == told["ip_adapter_images"]
     assert told["controlnet_conditioning_scale"] == 0.7 and told["ip_adapter_scale"] == 0.6
     assert told["controlnets"][0]["source"].endswith("tiny-flux-controlnet")
@@ -93,8 +96,18 @@ def test_controlnet_ip_adapter_and_lora_from_the_command_line(parts, tmp_path, c
     (same,) = hires.generate(backbone, PROMPT, height=192, width=192, **extras, **FAST)
     assert np.array_equal(pixels, np.array(same))
 
-    assert main(["show", str(out), "--again", str(tmp_path / "again.png")]) == 2
-    assert "made with loras, controlnets" in capsys.readouterr().err and not (tmp_path / "again.png").exists()
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.copy(parts / "tiny-flux-lora" / "pytorch_lora_weights.safetensors", moved)
+    again = ["show", str(out), "--again", str(tmp_path / "again.png"), "--device", "cpu"]
+    few = ["--with", parts / "ip.safetensors", "--with", parts / "encoder", "--with", parts / "square.png"]
+    assert main([*again, *map(str, few)]) == 2
+    told = capsys.readouterr().err
+    assert f"made with 'tiny-flux-lora' with sha256 {style}, not in the image" in told and told.count("\n") == 1
+    assert main([*again, *map(str, few), "--with", str(moved)]) == 0
+    assert capsys.readouterr().out.endswith("the same pixels\n")
+    assert made(tmp_path / "again.png")[1]["adapters"] == record["adapters"]
+    assert main([*again, *map(str, few), "--with", str(moved), "--with", str(out)]) == 2
+    assert f"--with {out}: the record names nothing of its sha256" in capsys.readouterr().err
 
 
 def test_additions_to_sdxl(parts, tmp_path):
@@ -125,6 +138,8 @@ def test_several_images_of_a_cut_picture(parts, tmp_path, capsys):
         (same,) = hires.generate(backbone, PROMPT, height=192, width=192, seed=seed, image=image, crop=True, **FAST)
         assert record["seed"] == seed and record["additions"] == {"crop": True}
         assert np.array_equal(pixels, np.array(same))
+    again = ["--again", str(tmp_path / "again.png"), "--image", str(parts / "wide.png"), "--device", "cpu"]
+    assert main(["show", str(tmp_path / "many-5.png"), *again]) == 0
 
 
 def test_previews_are_drawn_in_a_terminal(tmp_path, monkeypatch, capsys):

@@ -98,10 +98,10 @@ def test_images_of_the_python_call_carry_their_record(tmp_path, capsys):
     own = Image.fromarray(np.full((96, 128, 3), 90, np.uint8))
     (mine,) = hires.generate(backbone, "a ball", image=own, strength=0.5, **settings)
     hires.save(mine, tmp_path / "mine.png")
-    told = json.loads(mine.info["parameters"])["additions"]["image"]
+    told = json.loads(mine.info["parameters"])["additions"]["in_memory"]["image"]
     assert told == {"size": "96x128", "sha256": hashlib.sha256(own.tobytes()).hexdigest()}
     assert show(tmp_path / "mine.png", "--again", tmp_path / "again.png") == 2
-    assert "made with image, which aren't in the image" in capsys.readouterr().err
+    assert "made in Python with image, which isn't in the image" in capsys.readouterr().err
     with pytest.raises(HiresError, match="only PNG carries the parameters"):
         hires.save(mine, tmp_path / "mine.jpg")
     with pytest.raises(HiresError, match="this image has no record"):

@@ -1,9 +1,12 @@
 """What a command adds to a model and a prompt: LoRAs, ControlNets, IP-Adapters and the images for them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from hires.errors import HiresError
 from hires.storage import sha256
@@ -14,11 +17,60 @@ if TYPE_CHECKING:
     from hires.extras import Extras
 
 
+class Part(BaseModel):
+    """A file, or a folder of weights, in a record."""
+
+    file: str
+    sha256: str
+
+
+class LoraPart(Part):
+    """A LoRA in a record."""
+
+    weight: float
+
+
+class NetPart(BaseModel):
+    """A ControlNet in a record."""
+
+    source: str
+    sha256: str
+
+
+class Told(BaseModel):
+    """What a record says of `Additions`. Records of older versions lack digests, without which nothing is found."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    loras: list[LoraPart] = []
+    controlnets: list[NetPart] = []
+    control_images: list[Part] = []
+    controlnet_conditioning_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
+    control_mode: int | None = None
+    ip_adapters: list[Part] = []
+    image_encoder: Part | None = None
+    ip_adapter_scale: float = 1.0
+    ip_adapter_images: list[Part] = []
+    crop: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.ip_adapters and self.image_encoder is None:
+            raise ValueError("an IP-Adapter without its image encoder")
+        return self
+
+
 @dataclass(frozen=True)
 class Additions:
-    """LoRAs with their weights, ControlNets (folder or hub id) and IP-Adapters (file), each with its images."""
+    """LoRAs with their weights, ControlNets (folder or hub id) and IP-Adapters (file), each with its images.
+
+    `lora_names`: file names that name the LoRAs on the model, their own by default.
+    """
 
     loras: Sequence[tuple[Path, float]] = ()
+    lora_names: Sequence[str] = ()
     controlnets: Sequence[str] = ()
     control_images: Sequence[Path] = ()
     controlnet_conditioning_scale: float = 1.0
@@ -30,6 +82,43 @@ class Additions:
     ip_adapter_scale: float = 1.0
     ip_adapter_images: Sequence[Path] = ()
     crop: bool = False
+
+    @classmethod
+    def found(cls, told: Told, files: Sequence[Path]) -> Self:
+        """What a record tells of, each known by its digest among `files` and folders, whatever its name is now.
+
+        A ControlNet may also be where it was. HiresError names what is missing, and what the record doesn't know.
+        """
+        digests = {digest: path for path in files for digest in _digests(path)}
+        places = dict(digests)
+        for net in told.controlnets:
+            if net.sha256 not in digests:
+                with suppress(HiresError):  # it isn't there any more
+                    if _weights_digest(folder := _folder(net.source)) == net.sha256:
+                        places[net.sha256] = folder
+        encoder = [told.image_encoder] if told.image_encoder else []
+        named = [*told.loras, *told.control_images, *told.ip_adapters, *encoder, *told.ip_adapter_images]
+        needed = {part.sha256: part.file for part in named} | {net.sha256: net.source for net in told.controlnets}
+        if missing := [f"{name!r} with sha256 {digest}" for digest, name in needed.items() if digest not in places]:
+            raise HiresError(f"made with {', '.join(missing)}, not in the image: give --with PATH for each")
+        for path in files:
+            if not needed.keys() & _digests(path):
+                raise HiresError(f"--with {path}: the record names nothing of its sha256, {min(_digests(path))}")
+        return cls(
+            loras=[(places[lora.sha256], lora.weight) for lora in told.loras],
+            lora_names=[lora.file for lora in told.loras],
+            controlnets=[str(places[net.sha256]) for net in told.controlnets],
+            control_images=[places[part.sha256] for part in told.control_images],
+            controlnet_conditioning_scale=told.controlnet_conditioning_scale,
+            control_guidance_start=told.control_guidance_start,
+            control_guidance_end=told.control_guidance_end,
+            control_mode=told.control_mode,
+            ip_adapters=[places[part.sha256] for part in told.ip_adapters],
+            image_encoder=places[encoder[0].sha256] if encoder else None,
+            ip_adapter_scale=told.ip_adapter_scale,
+            ip_adapter_images=[places[part.sha256] for part in told.ip_adapter_images],
+            crop=told.crop,
+        )
 
     def check(self) -> None:
         """HiresError for what is missing or can't be read; nothing heavy is imported."""
@@ -64,7 +153,8 @@ class Additions:
         if self.loras:
             from hires.lora import load_lora
 
-            names = [f"{index}-{file.stem}".replace(".", "-") for index, (file, _) in enumerate(self.loras, 1)]
+            files = self.lora_names or [file.name for file, _ in self.loras]
+            names = [f"{index}-{Path(file).stem}".replace(".", "-") for index, file in enumerate(files, 1)]
             for name, (file, _) in zip(names, self.loras, strict=True):
                 load_lora(backbone.pipe, file, name)
             backbone.pipe.set_adapters(names, [weight for _, weight in self.loras])
@@ -74,7 +164,9 @@ class Additions:
         """What was added, with the SHA-256 of every file, as JSON-ready values; None where nothing was."""
         told: dict[str, Any] = {}
         if self.loras:
-            told["loras"] = [{"file": file.name, "weight": weight} for file, weight in self.loras]
+            told["loras"] = [
+                {"file": file.name, "sha256": sha256(_lora_file(file)), "weight": weight} for file, weight in self.loras
+            ]
         if self.controlnets:
             told["controlnets"] = [
                 {"source": source, "sha256": _weights_digest(_folder(source))} for source in self.controlnets
@@ -83,12 +175,17 @@ class Additions:
             names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
             told |= {name: getattr(self, name) for name in names}
         if self.ip_adapters:
-            told["ip_adapters"] = _told(self.ip_adapters)
+            assert self.image_encoder is not None  # `check`
+            encoder = {"file": self.image_encoder.name, "sha256": _weights_digest(self.image_encoder)}
+            told["ip_adapters"], told["image_encoder"] = _told(self.ip_adapters), encoder
             told["ip_adapter_images"] = _told(self.ip_adapter_images)
             told["ip_adapter_scale"] = self.ip_adapter_scale
         if self.crop:
             told["crop"] = True
         return told or None
+
+
+NOTHING = Additions()
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -100,6 +197,21 @@ def parse_lora(text: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         raise HiresError(f"--lora {text}: give PATH or PATH:WEIGHT, for example style.safetensors:0.8") from None
+
+
+def _lora_file(source: Path) -> Path:
+    from hires.lora import WEIGHTS
+
+    return source / WEIGHTS if source.is_dir() else source
+
+
+def _digests(path: Path) -> set[str]:
+    """What a record may know a path by: a file's SHA-256; of a folder those of its weights, and of a LoRA in it."""
+    if not path.exists():
+        raise HiresError(f"--with {path}: no such file or folder")
+    if path.is_file():
+        return {sha256(path)}
+    return {_weights_digest(path), *({sha256(lora)} if (lora := _lora_file(path)).is_file() else ())}
 
 
 def _told(files: Sequence[Path]) -> list[dict[str, str]]:

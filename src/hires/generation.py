@@ -111,7 +111,9 @@ def generate(
                 preview(stage.name, small(backbone, stage))
         made.extend(decode(backbone, stage, sampling.vae_tiling))
         given = extras.told() | ({"image": told(image)} if image else {}) | ({"crop": True} if crop else {})
-        common = record(backbone, "", 0, variant, stage, sampling, strength, additions=given or None)
+        common = record(
+            backbone, "", 0, variant, stage, sampling, strength, additions={"in_memory": given} if given else None
+        )
         for picture, text, number in zip(made, texts, numbers, strict=True):
             picture.info["parameters"] = json.dumps(common | {"prompt": text, "seed": number})
 

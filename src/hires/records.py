@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hires import __version__
+from hires.additions import NOTHING, Additions, Told
 from hires.config import Config
 from hires.errors import HiresError, printable
 from hires.settings import Sampling
@@ -39,7 +40,7 @@ class Picture(BaseModel):
 class Recipe(BaseModel):
     """All that an image is a function of. Sides are pixels; `sampling` states every setting.
 
-    `additions`: LoRAs, ControlNets and IP-Adapters with their images, and a crop, in words.
+    `additions`: LoRAs, ControlNets and IP-Adapters with their images, and a crop.
     `adapters`: the LoRAs that acted, name -> digest (`hires.adapters.adapter_digests`); older records have none.
     `places`: where a configuration says that LoRAs of variants lie.
     """
@@ -59,7 +60,7 @@ class Recipe(BaseModel):
     image: Picture | None
     sampling: Sampling
     versions: dict[str, str]
-    additions: dict[str, Any] | None = None
+    additions: Told | None = None
     adapters: dict[str, str] = {}
     places: dict[str, Path] = {}
 
@@ -141,6 +142,10 @@ def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
     is another version's, with a field too few or too many, or doesn't agree with the configuration.
     """
     places: dict[str, str] = {}
+    given = record.get("additions")
+    if isinstance(given, dict) and "in_memory" in given:
+        told = ", ".join(map(str, given["in_memory"])) if isinstance(given["in_memory"], dict) else "more"
+        raise HiresError(f"made in Python with {printable(told)}, which isn't in the image: call hires.generate again")
     if "study" in record:
         record, places = _completed(record, config)
     maker = record.get("versions") or {}
@@ -222,8 +227,10 @@ def own_picture(recipe: Recipe, path: Path | None) -> Image.Image | None:
     return read_picture(path, f"--image {path}")
 
 
-def load(recipe: Recipe, model: str | None = None, device: str | None = None) -> "Backbone":
-    """The recorded model, or the same one from elsewhere (`model`).
+def load(
+    recipe: Recipe, model: str | None = None, device: str | None = None, additions: Additions = NOTHING
+) -> "Backbone":
+    """The recorded model, or the same one from elsewhere (`model`), with what was added.
 
     HiresError where it isn't found, or differs in its weights or in defaults that shaped the image.
     """
@@ -231,13 +238,8 @@ def load(recipe: Recipe, model: str | None = None, device: str | None = None) ->
 
     if recipe.revision is None:
         raise HiresError("the record names no revision: the image was made from a pipeline in memory, not from a model")
-    if recipe.additions:
-        raise HiresError(
-            f"made with {', '.join(recipe.additions)}, which aren't in the image: give them to hires generate, with "
-            "the settings that hires show FILE prints"
-        )
     weights = "random" if recipe.revision == "random" else "pretrained"
-    backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights)  # type: ignore[arg-type]
+    backbone = backbones.load(model or recipe.model, device, recipe.dtype, weights, prepare=additions.add)  # type: ignore[arg-type]
     backbone.adapters = recipe.places
     if backbone.revision != recipe.revision:
         raise HiresError(
@@ -278,7 +280,11 @@ def _same_adapters(recipe: Recipe, backbone: "Backbone") -> None:
 
 
 def make(
-    recipe: Recipe, backbone: "Backbone", picture: Image.Image | None = None, callback: "Callback | None" = None
+    recipe: Recipe,
+    backbone: "Backbone",
+    picture: Image.Image | None = None,
+    callback: "Callback | None" = None,
+    additions: Additions = NOTHING,
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The image once more, and its record of now. A stage on the way is the last one of a run to its own size."""
     from hires.cascade import decode
@@ -286,13 +292,14 @@ def make(
 
     *_, stage = run(
         backbone, [recipe.prompt], [recipe.seed], recipe.variant_fields, recipe.height, recipe.width, recipe.sampling,
-        picture, recipe.strength, callback,
+        picture, recipe.strength, callback, additions.extras(), additions.crop,
     )  # fmt: skip
     image = decode(backbone, stage, recipe.sampling.vae_tiling)[0]
     own = recipe.image.model_dump() if recipe.image else None
     now = record(
-        backbone, recipe.prompt, recipe.seed, recipe.variant_fields, stage, recipe.sampling, recipe.strength, own
-    )
+        backbone, recipe.prompt, recipe.seed, recipe.variant_fields, stage, recipe.sampling, recipe.strength, own,
+        additions.record(),
+    )  # fmt: skip
     return image, {**now, "variant": recipe.variant}
 
 

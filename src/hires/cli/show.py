@@ -19,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--again", type=Path, metavar="OUT.png", help="make the image again, and compare the pixels")
     again = parser.add_argument_group("with --again")
     again.add_argument("--image", type=Path, help="your own picture, where the image was made from one")
+    again.add_argument(
+        "--with", dest="files", action="append", default=[], type=Path, metavar="PATH",
+        help="file or folder of what was added to the model, or of its picture; known by its SHA-256; repeatable",
+    )  # fmt: skip
     again.add_argument("--model", help="where the model is now: a name, folder or hub id; default: as recorded")
     again.add_argument(
         "--config", type=Path, help="configuration of the images stage; default: that of the results folder of FILE"
@@ -32,8 +36,11 @@ def run(args: argparse.Namespace) -> int:
     record = read(args.file)
     if args.again:
         return again(args, record)
-    for name in ("image", "model", "config", "device"):
-        if getattr(args, name):
+    for name, given in (
+        ("image", args.image), ("with", args.files), ("model", args.model), ("config", args.config),
+        ("device", args.device),
+    ):  # fmt: skip
+        if given:
             raise HiresError(f"--{name} goes with --again OUT.png, which makes the image once more")
     print(json.dumps(record, indent=1) if args.json else describe(record))
     return 0
@@ -42,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 def again(args: argparse.Namespace, record: dict) -> int:
     """Make the image of `record` once more; 0 where its pixels are those of the file, else 1."""
     from hires import records
+    from hires.additions import Additions, Told
     from hires.cli.generate import ProgressBar
     from hires.config import load_config
     from hires.provenance import read_stored
@@ -62,15 +70,16 @@ def again(args: argparse.Namespace, record: dict) -> int:
         config = read_stored(place)
     recipe = records.recipe(record, config)
     picture = records.own_picture(recipe, args.image)
+    additions = Additions.found(recipe.additions or Told(), args.files)
     former = read_picture(args.file, args.file)
 
     if config is not None:  # another number of threads may move the last bits
         import torch
 
         torch.set_num_threads(config.compute.threads)
-    backbone = records.load(recipe, args.model, args.device)
+    backbone = records.load(recipe, args.model, args.device, additions)
     with ProgressBar() as progress:
-        image, now = records.make(recipe, backbone, picture, progress.update)
+        image, now = records.make(recipe, backbone, picture, progress.update, additions)
     write_bytes(args.again, encode(image, "png", now))
     verdict = records.compare(former, image)
     print(f"{args.again}: {verdict}")
