@@ -67,6 +67,8 @@ def test_the_default_covers_every_variant_of_the_papers_on_both_backbones():
     made = {(s.backbone, s.variant, s.size) for s in config.image_sets() if s.study == "main"}
     assert made == {(b, v, s) for b in ("tiny-flux", "tiny-sdxl") for v in own for s in ("256x256", "512x512")}
     assert len({s.setting for s in config.image_sets() if s.study == "tau"}) == 6
+    adapted = {name for name, variant in VARIANTS.items() if variant.adapter}
+    assert adapted < {s.variant for s in config.image_sets() if s.study == "scale-dit" and s.backbone == "tiny-flux"}
 
 
 def test_image_sets_are_the_product_of_a_study(tmp_path):

@@ -33,6 +33,16 @@ def test_every_variant_makes_an_image(backbone, variant):
     assert image.size == (192, 256) and image.mode == "RGB"
 
 
+@pytest.mark.parametrize("variant", ["scale-dit", "hybrid"])
+def test_the_adapter_beside_the_model_acts(variant):
+    trained = hires.load("tiny-flux", device="cpu")
+    on, off = (
+        hires.generate(trained, "two red discs", variant, height=256, width=256, lr_adapter=adapter, **FAST)[0]
+        for adapter in (True, False)
+    )
+    assert np.any(np.array(on) != np.array(off))
+
+
 def test_several_prompts_are_as_alone(backbone):
     both = hires.generate(backbone, ["a cone", "a ball"], height=192, width=192, seed=[3, 4], **FAST)
     (alone,) = hires.generate(backbone, "a ball", height=192, width=192, seed=4, **FAST)

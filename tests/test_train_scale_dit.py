@@ -23,9 +23,11 @@ from hires.adapters import adapter_switched
 from hires.attention import low_resolution_pass, use_attention
 from hires.backbones import load
 from hires.backbones.flux import pack
+from hires.backbones.loading import revision
 from hires.cli import main
 from hires.errors import HiresError
 from hires.lora import WEIGHTS, load_lora, save_lora
+from hires.models import ASSETS
 from hires.training.captioned import open_source
 from hires.training.data import draw_views
 from hires.training.scale_dit import (
@@ -598,3 +600,28 @@ def test_promotion(tmp_path, capsys, monkeypatch):
     again.require_adapter(ADAPTER)
     with adapter_switched(again.model, ADAPTER, on=True):
         torch.testing.assert_close(outputs(again.pipe), outputs(trained.pipe), rtol=0.02, atol=0.02)
+
+
+# the embedded adapter
+
+
+def test_the_embedded_adapter_was_made_by_its_recipe_for_these_weights():
+    model = ASSETS / "tiny-flux"
+    folder = model / "adapters" / ADAPTER
+    record = json.loads((folder / "training.json").read_text())
+    assert record["revision"] == revision(model)
+    assert record["recipe"] == Recipe.load(ROOT / "config/training/scale-dit.yaml").record()
+    assert (folder / WEIGHTS).stat().st_size <= 2 * 2**20
+
+
+def test_the_embedded_adapter_lowers_the_loss_of_unseen_views(tmp_path):
+    own = Recipe.load(ROOT / "config/training/scale-dit.yaml", seed=99, batch=4, ema=None).model_copy(
+        update={"data": Recipe().data, "validation": Recipe(validation={"every": 1, "samples": 4}).validation}
+    )
+    place = str(ASSETS / "tiny-flux/adapters" / ADAPTER)
+    losses = []
+    for init in (None, place):
+        trainer = Trainer(own.model_copy(update={"lora": Lora(init=init)}), tmp_path, CPU)
+        trainer.look()
+        losses += [trainer.validation[-1]["loss"]]
+    assert losses[1] < 0.95 * losses[0]
