@@ -321,9 +321,9 @@ def line(found: dict[str, Any]) -> str:
 
 # --- beforehand and afterwards ------------------------------------------------------------------------------------
 
-RATES = {"flux-dev": 350e12, "sdxl": 150e12, "flux2-klein": 300e12}  # FLOP/s of one H200, eager
-PIXEL = {"flux-dev": 0.35e-6, "sdxl": 0.5e-6, "flux2-klein": 0.35e-6}  # seconds of VAE a pixel, one way
-LOADING = {"none": 25, "model": 45, "group": 100}  # seconds
+RATES = {"flux-dev": 540e12, "sdxl": 830e12, "flux2-klein": 550e12}  # counted FLOP a second of one H200, eager
+PIXEL = {"flux-dev": 0.14e-6, "sdxl": 0.19e-6, "flux2-klein": 0.12e-6}  # seconds of VAE a pixel, one way
+LOADING = {"none": 15, "model": 30, "group": 85}  # seconds
 
 
 def seconds(row: Row, load: Load, steps: int) -> float | None:
@@ -339,9 +339,9 @@ def seconds(row: Row, load: Load, steps: int) -> float | None:
     sizes = [size] if variant.start == "noise" else larger if variant.denoise else []
     flop = sum(step_flop(ARCHITECTURES[load.model], size, base, variant, sampling) for size in sizes)
     flop += step_flop(ARCHITECTURES[load.model], base, base, Variant(), sampling)
-    pixels = 2 * (1 + steps * variant.dwt) * sum(h * w for h, w in sizes or [size])  # encoded and decoded
-    moved = {"none": 0, "model": 8 * (1 + len(sizes)), "group": 3 * (1 + len(sizes)) * steps}[load.offload]
-    return 2 + steps * flop / RATES[load.model] + pixels * PIXEL[load.model] + moved
+    pixels = 2 * (1 + steps * variant.dwt) * sum(h * w for h, w in sizes)  # encoded and decoded
+    moved = {"none": 0.0, "model": 12 * (1 + len(sizes)), "group": 0.6 * (1 + len(sizes)) * steps}[load.offload]
+    return 0.5 + steps * flop / RATES[load.model] + pixels * PIXEL[load.model] + moved
 
 
 def plan(loads: dict[str, Load], wanted: list[Row], steps: int) -> str:
