@@ -433,7 +433,8 @@ def _readme_table(csv: Path) -> str:
     if not csv.is_file():
         return UNMEASURED
     lines = ["| model | size | mode | seconds | peak GB |", "|---|---|---|---|---|"]
-    for row in pd.read_csv(csv).query("variant == 'scalediff'").itertuples():
+    rows = pd.read_csv(csv).query("variant == 'scalediff'")
+    for row in rows.sort_values(["model", "height", "peak_gb"], ascending=[True, True, False]).itertuples():
         limit = "" if pd.isna(row.limit_gb) else f", within {row.limit_gb:g} GB"
         made = f"{row.seconds:.0f} | {row.peak_gb:.1f}" if pd.isna(row.reason) else "out of memory |"
         lines.append(f"| {row.model} | {row.height}x{row.width} | {row.mode}{limit} | {made} |")
