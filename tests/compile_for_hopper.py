@@ -45,7 +45,29 @@ def figures(kernel):
         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
         "tma": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
         "serialised": "serialized" in log,
+        "stale": len(stale_bounds(kernel.asm["ttgir"])),
     }
+
+
+def stale_bounds(ttgir):
+    """Bounds of loops within loops that were computed before the outer one, though they are tensors of its own.
+
+    Triton 3.6 takes an argument of a loop for dead where nothing but an inner loop's bound uses it, and keeps its first
+    value. Bounds that are arguments of the kernel are meant so.
+    """
+    found, around = [], []  # [indentation, names that are computed within]
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while around and indent <= around[-1][0] and line.strip():
+            around.pop()
+        loop = re.search(r"scf\.for %\S+ = \S+ to (%\S+) step", line)
+        if loop and around and loop[1].split("#")[0] not in around[-1][1]:
+            found.append(loop[1])
+        for _, names in around:
+            names.update(re.findall(r"(%\w+)(?::\d+)? =", line))
+        if loop:
+            around.append((indent, set(re.findall(r"(%\w+) = ", line.split("iter_args")[-1]))))
+    return found
 
 
 WORDS = {"registers": "registers", "spills": "bytes spill stores"}

@@ -135,6 +135,7 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
     "ragged": ((24, 20), (12, 16), 77, 2, 1, 128, None, "patch"),
     "shifted": ((20, 20), (16, 10), 5, 2, 1, 64, [[1, 2], [8, 5]], "patch"),
     "global text rows": ((24, 24), (12, 12), 130, 1, 1, 64, None, "global"),
+    "tiles of padding": ((28, 28), (24, 24), 130, 1, 1, 128, None, "patch"),
     "steps fewer than stages": ((4, 4), (4, 4), None, 1, 1, 128, None, "patch"),
 }
 
@@ -146,7 +147,7 @@ OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True}
     ("case", "launch"),
     [
         *((case, {}) for case in GLUON_CASES),
-        *((case, OTHER) for case in ("long text", "ragged", "shifted", "steps fewer than stages")),
+        *((case, OTHER) for case in ("long text", "ragged", "shifted", "tiles of padding", "steps fewer than stages")),
     ],
 )
 def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):

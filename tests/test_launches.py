@@ -22,6 +22,17 @@ def test_every_kernel_has_a_launch_for_its_head_dims(kernel):
     assert all(set(column) == dims for column in launches.TABLE[kernel].values())
 
 
+WALKED = {"local_forward": "keys", "local_query_gradient": "keys", "local_key_gradients": "queries"}
+
+
+@pytest.mark.parametrize("kernel", WALKED)
+def test_no_tile_that_is_walked_is_as_long_as_a_head_dim(kernel):
+    """ptxas of Triton 3.6 then gives both products of a step the same registers for what they read, on Hopper."""
+    launched = [(int(dim), launch) for dim, launch in launches.TABLE[kernel][str(launches.LARGE)].items()]
+    tried = [(dim, launch) for dim, candidates in tune.CANDIDATES[kernel].items() for launch in candidates]
+    assert all(launch[WALKED[kernel]] != dim for dim, launch in launched + tried)
+
+
 def test_candidates_have_the_fields_of_the_committed_launch():
     for kernel, dims in tune.CANDIDATES.items():
         for dim, candidates in dims.items():
@@ -54,6 +65,8 @@ def test_candidates_are_measured_and_compared(monkeypatch, tmp_path):
     chosen = tune.better([committed, first, second])
     assert chosen == {("qk_norm_rope", 32): fast}
     assert tune.better([committed, first | {"right": False}, second]) == {}
+    committed["ms"] = 0.5
+    assert tune.better([committed | {"right": False}, first, second]) == chosen  # a wrong one is not fast
 
     monkeypatch.setattr(launches, "PATH", tmp_path / "launches.json")
     with launches.trying("qk_norm_rope", 32, CPU, {}):

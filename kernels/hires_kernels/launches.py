@@ -2,6 +2,9 @@
 
 The table, `launches.json`, is committed and never tuned at run time: another launch sums in another order, so it gives
 other bits. `hires speed tune` measures the candidates of `hires.speed.tune` and writes the fastest into it.
+
+On Hopper no kernel of local attention walks over tiles as long as the head dim: ptxas of Triton 3.6 (CUDA 12.8) then
+puts the queries, which stay in registers, and the weights of a step into the same ones, and results are wrong.
 """
 
 import json

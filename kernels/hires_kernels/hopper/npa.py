@@ -30,14 +30,12 @@ _synchronise = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrie
 
 
 @gluon.jit
-def _item(
-    item, shift, shape, QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SHIFTED: gl.constexpr
-):  # fmt: skip
-    """What work item number `item` is: its place, that of its patch and window, and its numbers of steps.
+def _item(item, shift, shape, SHIFTED: gl.constexpr):
+    """What work item number `item` is: its place, and that of its patch and window.
 
     Past the end it is the last one again: what is loaded ahead for it is not used.
     """
-    grid, window, patches, heads, _, text_steps, image_tiles, text_tiles, items = shape
+    grid, window, patches, heads, _, _, _, image_tiles, text_tiles, items = shape
     item = gl.minimum(item, items - 1)
     tiles = image_tiles + text_tiles
     count = patches[0] * patches[1]
@@ -56,11 +54,18 @@ def _item(
     first_row, first_col = gl.maximum(row, 0), gl.maximum(col, 0)
     down = gl.maximum(gl.minimum(row + window[0] // 2, grid[0]) - first_row, 0)
     across = gl.maximum(gl.minimum(col + window[1] // 2, grid[1]) - first_col, 0)
-    image_steps = gl.cdiv(window[0], ROWS) * gl.cdiv(window[1], COLS)
-    steps = image_steps + text_steps
-    if (tile < image_tiles) & (tile * QUERIES >= down * across):  # padding only: one step, of which nothing is kept
-        image_steps, steps = image_steps * 0 + 1, steps * 0 + 1
-    return batch, head, patch, tile, window_row, window_col, first_row, first_col, down, across, image_steps, steps
+    return batch, head, patch, tile, window_row, window_col, first_row, first_col, down, across
+
+
+@gluon.jit
+def _steps(tile, down, across, shape, QUERIES: gl.constexpr):
+    """Steps over image keys and over text keys of an item. One, of which nothing is kept, for a tile of padding.
+
+    Called where they are needed: Triton 3.6 takes for dead what a loop carries for the bound of an inner loop alone.
+    """
+    _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
+    padding = (tile < image_tiles) & (tile * QUERIES >= down * across)
+    return gl.where(padding, 1, image_steps), gl.where(padding, 0, text_steps)
 
 
 @gluon.jit
@@ -84,27 +89,26 @@ def _produce(
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
     key_walk, value_walk, text_key_walk, text_value_walk = walks
-    _, window, patches, _, _, _, _, _, items = shape
+    _, window, patches, _, _, _, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head, patch, _, window_row, window_col, _, _, _, _, image_steps, steps = _item(
-            item, shift, shape, QUERIES, ROWS, COLS, SHIFTED
-        )
+        batch, head, patch, tile, window_row, window_col, _, _, down, across = _item(item, shift, shape, SHIFTED)
+        image_steps, text_steps = _steps(tile, down, across, shape, QUERIES)
         wide = gl.cdiv(window[1], COLS)
         key_row = batch * key_walk[0] + head * key_walk[1] + window_row
         value_row = batch * value_walk[0] + head * value_walk[1] + window_row
         for step in range(image_steps):
             stage, phase = done % K_STAGES, done // K_STAGES & 1 ^ 1
-            down, right = step // wide * ROWS, window_col + step % wide * COLS
+            below, right = step // wide * ROWS, window_col + step % wide * COLS
             mbarrier.wait(k_free.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), BYTES)
-            place = [key_row + down, right, head * key_walk[2]]
+            place = [key_row + below, right, head * key_walk[2]]
             tma.async_copy_global_to_shared(key, place, k_ready.index(stage), k_tiles.index(stage))
             stage, phase = done % V_STAGES, done // V_STAGES & 1 ^ 1
             mbarrier.wait(v_free.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), BYTES)
-            place = [value_row + down, right, head * value_walk[2]]
+            place = [value_row + below, right, head * value_walk[2]]
             tma.async_copy_global_to_shared(value, place, v_ready.index(stage), v_tiles.index(stage))
             done += 1
         if HAS_TEXT:
@@ -113,19 +117,19 @@ def _produce(
                 text_batch = batch * (patches[0] * patches[1]) + patch
             key_row = text_batch * text_key_walk[0] + head * text_key_walk[1]
             value_row = batch * text_value_walk[0] + head * text_value_walk[1]
-            for step in range(steps - image_steps):
+            for step in range(text_steps):
                 stage, phase = done % K_STAGES, done // K_STAGES & 1 ^ 1
                 mbarrier.wait(k_free.index(stage), phase)
                 mbarrier.expect(k_ready.index(stage), BYTES)
                 place = [key_row + step * KEYS, 0, head * text_key_walk[2]]
-                tile = k_tiles.index(stage).reshape([KEYS, 1, DIM])
-                tma.async_copy_global_to_shared(text_key, place, k_ready.index(stage), tile)
+                target = k_tiles.index(stage).reshape([KEYS, 1, DIM])
+                tma.async_copy_global_to_shared(text_key, place, k_ready.index(stage), target)
                 stage, phase = done % V_STAGES, done // V_STAGES & 1 ^ 1
                 mbarrier.wait(v_free.index(stage), phase)
                 mbarrier.expect(v_ready.index(stage), BYTES)
                 place = [value_row + step * KEYS, 0, head * text_value_walk[2]]
-                tile = v_tiles.index(stage).reshape([KEYS, 1, DIM])
-                tma.async_copy_global_to_shared(text_value, place, v_ready.index(stage), tile)
+                target = v_tiles.index(stage).reshape([KEYS, 1, DIM])
+                tma.async_copy_global_to_shared(text_value, place, v_ready.index(stage), target)
                 done += 1
 
 
@@ -136,7 +140,7 @@ def _fetch_queries(
 ):  # fmt: skip
     """Begin to copy the 64 query rows of one warpgroup into shared memory."""
     query_walk, text_query_walk = walks
-    grid, _, patches, _, text_tokens, _, image_tiles, _, _ = shape
+    grid, _, patches, _, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = tile_of_queries.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -189,7 +193,7 @@ def _consume(
     PING_PONG: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
-    grid, window, patches, heads, text_tokens, _, image_tiles, _, items = shape
+    grid, window, patches, heads, text_tokens, image_steps, _, image_tiles, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -205,15 +209,13 @@ def _consume(
     item = gl.program_id(0)
 
     # this item and the next: their queries have a buffer each
-    batch, head, patch, tile, _, _, first_row, first_col, down, across, image_steps, steps = _item(
-        item, shift, shape, QUERIES, ROWS, COLS, SHIFTED
-    )
+    batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
     _fetch_queries(
         GROUP, query, text_query, walks, shape, q_tiles.index(GROUP),
         batch, head, patch, tile, first_row, first_col, down, across, QUERIES, TURNED,
     )  # fmt: skip
-    batch1, head1, patch1, tile1, _, _, first_row1, first_col1, down1, across1, image_steps1, steps1 = _item(
-        item + stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+    batch1, head1, patch1, tile1, _, _, first_row1, first_col1, down1, across1 = _item(
+        item + stride, shift, shape, SHIFTED
     )
     _fetch_queries(
         GROUP, query, text_query, walks, shape, q_tiles.index(2 + GROUP),
@@ -238,7 +240,8 @@ def _consume(
     for item in range(gl.program_id(0), items, stride):
         sums = gl.zeros([64, DIM], gl.float32, SUMS)
         queries = q_tiles.index(2 * buffer + GROUP)
-        for step in range(1, steps):
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
+        for step in range(1, first_steps + last_steps):
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
             mbarrier.wait(k_ready.index(next_stage), next_phase)
@@ -286,7 +289,7 @@ def _consume(
             mbarrier.arrive(turns.index(1 - GROUP))
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(next_stage), pred=follows)
-        scores = _hide(scores, 0, image_steps1, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+        scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         share = 1.0 / gl.sum(total, 1)
@@ -316,17 +319,17 @@ def _consume(
         result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
         gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
 
-        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2, image_steps2, steps2 = _item(
-            item + 2 * stride, shift, shape, QUERIES, ROWS, COLS, SHIFTED
+        batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2 = _item(
+            item + 2 * stride, shift, shape, SHIFTED
         )
         _fetch_queries(
             GROUP, query, text_query, walks, shape, queries,
             batch2, head2, patch2, tile2, first_row2, first_col2, down2, across2, QUERIES, TURNED,
         )  # fmt: skip
         batch, head, patch, tile, first_row, first_col = batch1, head1, patch1, tile1, first_row1, first_col1
-        down, across, image_steps, steps = down1, across1, image_steps1, steps1
+        down, across = down1, across1
         batch1, head1, patch1, tile1, first_row1, first_col1 = batch2, head2, patch2, tile2, first_row2, first_col2
-        down1, across1, image_steps1, steps1 = down2, across2, image_steps2, steps2
+        down1, across1 = down2, across2
         buffer = 1 - buffer
         done += 1
 
@@ -421,7 +424,8 @@ def attend(
     image_tiles = ceil(window[0] // 2 * (window[1] // 2) / QUERIES)
     text_tiles = 0 if text_output is None else ceil(text_tokens / QUERIES)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
-    shape = grid, window, patches.count, heads, text_tokens, ceil(text_tokens / KEYS), image_tiles, text_tiles, items
+    image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / KEYS)
+    shape = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
     launch = launches.launch("npa_gluon", dim, query.device)
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     watching.launched("hopper.npa", queries=QUERIES, keys=KEYS, **launch, tile=list(tile), programs=programs)
