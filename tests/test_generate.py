@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 
@@ -34,13 +35,15 @@ def test_every_variant_makes_an_image(backbone, variant):
 
 
 @pytest.mark.parametrize("variant", ["scale-dit", "hybrid"])
-def test_the_adapter_beside_the_model_acts(variant):
+def test_the_adapter_beside_the_model_acts(variant, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
     trained = hires.load("tiny-flux", device="cpu")
     on, off = (
         hires.generate(trained, "two red discs", variant, height=256, width=256, lr_adapter=adapter, **FAST)[0]
         for adapter in (True, False)
     )
     assert np.any(np.array(on) != np.array(off))
+    assert "No LoRA keys" not in caplog.text
 
 
 def test_several_prompts_are_as_alone(backbone):

@@ -1,6 +1,8 @@
 """LoRA files of FLUX and SDXL: written as diffusers names them, read in every naming that diffusers converts."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,26 @@ def load_lora(pipe: Any, source: Path, name: str) -> None:
     check_lora(model, weights, str(file), part)
     before = adapter_states(model)
     try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        with _quiet_about_text_encoders(weights):
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     except Exception as error:  # metadata that is none
         if name in getattr(model, "peft_config", {}):
             pipe.delete_adapters(name)
         raise HiresError(f"LoRA {file}: diffusers cannot load it: {' '.join(str(error).split())[:160]}") from None
     restore_adapters(before)  # peft would leave the newest one on alone
+
+
+@contextmanager
+def _quiet_about_text_encoders(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """diffusers warns where a LoRA has nothing for the text encoders, as one of the image model alone must."""
+    log = logging.getLogger("diffusers.loaders.lora_base")
+    level = log.level
+    if not any(key.startswith("text_encoder") for key in weights):
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str, part: str = "transformer") -> None:
