@@ -136,6 +136,19 @@ def test_float32_means_float32(monkeypatch):
         assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize(("convolutions", "recurrent"), [("ieee", "tf32"), ("tf32", "ieee"), ("ieee", "ieee")])
+def test_precisions_that_the_user_chose_stay(convolutions, recurrent):
+    """Through PyTorch's newer names, under which reading `allow_tf32` raises where the two differ."""
+    backbone, cudnn = hires.load("tiny-sdxl", device="cpu", weights="random"), torch.backends.cudnn
+    try:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = convolutions, recurrent
+        with backbone.full_precision():
+            assert cudnn.conv.fp32_precision != "tf32"
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (convolutions, recurrent)
+    finally:
+        cudnn.allow_tf32 = True
+
+
 def test_damaged_weights_make_no_image():
     """A flipped bit in an exponent: numbers beyond all bounds, and no picture of them."""
     backbone = hires.load("tiny-flux", device="cpu")

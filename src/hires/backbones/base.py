@@ -337,12 +337,17 @@ class Backbone(ABC):
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Convolutions of a float32 model in float32, as on a CPU, and not in TF32's 10 bits."""
-        allowed = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = allowed and self.dtype != torch.float32
+        cudnn: Any = torch.backends.cudnn
+        if self.dtype != torch.float32 or cudnn.conv.fp32_precision != "tf32":
+            yield
+            return
+        recurrent = cudnn.rnn.fp32_precision
+        cudnn.allow_tf32 = False  # of both kinds: where they differ, reading it raises
         try:
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = allowed
+            cudnn.allow_tf32 = True
+            cudnn.rnn.fp32_precision = recurrent
 
     @contextmanager
     def _vae(self, x: Tensor, tiling: bool | None, factor: int = 1) -> Iterator[Any]:
