@@ -11,6 +11,7 @@ from PIL import Image
 from hires.backbones import Backbone
 from hires.cascade import Meter, base_latents, cascade, decode, seed_stage, to_images, to_pixels
 from hires.errors import HiresError
+from hires.layout import BASE_SETTINGS
 from hires.methods import resize, sharpen
 from hires.methods.diffusehigh import approximation
 from hires.models import HINTS, build_pipeline
@@ -82,6 +83,33 @@ def test_the_peak_is_that_of_the_block_alone():
     with Meter(torch.device("cpu")) as small:
         torch.ones(25_000_000)
     assert 250e6 < large.peak_bytes - small.peak_bytes < 350e6 and small.peak_bytes > 100e6
+
+
+# One other value for every setting, each of which would show in the base image if it reached it.
+OTHERS = {
+    "num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "blurry", "true_cfg_scale": 2.0,
+    "prompt_suffix": " red", "max_sequence_length": 8, "tau": 300, "low_pass": "fft", "lfm_factor": 0.5,
+    "sg_factor": 0.5, "upsampling": "bilinear", "reference": "latent", "posterior": "sample", "gamma": "t_raw",
+    "gamma_scale": 2.0, "dwt_steps": 1, "text_rows": "global", "window_scale": 0.5, "window_overlap": 0.25,
+    "random_shift": True, "local_radius": 2, "local_window": 2, "token_order": "raster", "lr_ratio": 2.0,
+    "lr_keys": False, "lr_neighbours": "all", "lr_anchors": False, "lr_adapter": False, "stage_guidance_scale": 3.0,
+    "stage_shift": 2.0, "view_overlap": 0.25, "view_batch": 1, "vae_tiling": True, "linears": "fp8", "step_cache": 2,
+    "attention_backend": "reference",
+}  # fmt: skip
+
+
+def test_base_latents_depend_on_the_base_settings_alone(flux):
+    """They are stored under a key of these, and shared by all settings that agree in them."""
+
+    def latents(**settings):
+        return base_latents(flux, PROMPTS[:1], [0], 256, 256, Sampling(**{**given, **settings}))
+
+    given = {"num_inference_steps": 5, "guidance_scale": 2.0, "true_cfg_scale": 1.5, "negative_prompt": "grey"}
+    want = latents()
+    assert {*OTHERS, *flux.without} == {*Sampling.model_fields}
+    assert torch.equal(latents(**{name: value for name, value in OTHERS.items() if name not in BASE_SETTINGS}), want)
+    for name in BASE_SETTINGS:
+        assert not torch.equal(latents(**{name: OTHERS[name]}), want), name
 
 
 def test_single_jump_and_target_at_the_base(backbone):

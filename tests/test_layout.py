@@ -112,7 +112,14 @@ def test_base_latents_are_shared_by_variants_sizes_and_tau(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"num_inference_steps": 5}, {"guidance_scale": 1}, {"negative_prompt": "x"}, {"prompt_suffix": "x"}]
+    "setting",
+    [
+        {"num_inference_steps": 5},
+        {"guidance_scale": 1},
+        {"true_cfg_scale": 2},
+        {"negative_prompt": "x"},
+        {"prompt_suffix": "x"},
+    ],
 )
 def test_what_shapes_a_base_image_changes_its_key(tmp_path, setting):
     config = config_of(tmp_path, {"main": study(settings={"default": {}, "other": setting})})

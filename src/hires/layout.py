@@ -44,6 +44,7 @@ PATTERNS = {
 BASE_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
+    "true_cfg_scale",
     "negative_prompt",
     "prompt_suffix",
     "max_sequence_length",
