@@ -428,14 +428,15 @@ def cascade(
         prompts, seeds: n each. Every random number of an image comes from one CPU generator seeded by its seed.
         height, width: the target, in pixels (see `hires.sizes`).
         sampling: settings on top of `backbone.defaults`.
-        base: clean base latents (n, C, h, w) from `base_latents`; None makes them. Without use where start = noise.
+        base: clean base latents (n, C, h, w) from `base_latents`; None makes them.
         callback: called after every step with (stage name, steps done, steps of the stage, noisy latents).
         image: (n, 3, h, w) in [−1, 1] at the base size: takes the base image's place (img2img).
         strength: in (0, 1]: takes the place of τ/1000 in the first stage above the base.
         extras: images for the pipeline's ControlNets and IP-Adapters; they act at every stage.
 
     Raises:
-        HiresError: a size that the rule refuses, τ that leaves no step, a variant that contradicts itself.
+        HiresError: a size that the rule refuses, τ that leaves no step, a variant that contradicts itself, base latents
+            or an image for one that starts from noise.
     """
     prompts = list(prompts)
     backbone.check_settings(sampling)
@@ -446,8 +447,11 @@ def cascade(
     seed_stage(generators, seeds, 0)
 
     if variant.start == "noise":
-        if image is not None:
-            raise HiresError("a variant that starts from noise takes no image: choose one that starts from the base")
+        if base is not None or image is not None or strength is not None:
+            raise HiresError(
+                "a variant that starts from noise takes no image, no strength and no base latents: leave them out, or "
+                "choose one that starts from the base"
+            )
         check_multiple(height, width, backbone.size_multiple)
         window = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
         size = backbone.latent_size(height, width)
@@ -468,7 +472,8 @@ def cascade(
     if strength is not None:
         stage_sampling = Sampling.of(tau=1000 * strength).over(sampling)
     if variant.denoise and len(sizes) > 1:  # refuse what a later stage would, before any work
-        backbone.first_step(stage_sampling), backbone.first_step(sampling)
+        for settings in (stage_sampling, sampling):
+            backbone.first_step(settings)
         _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in sizes[1:]], base_size)
 
     if variant.adapter:
