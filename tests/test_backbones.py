@@ -149,6 +149,16 @@ def test_flux2_settings_without_use_are_refused(klein):
             hires.generate(klein, PROMPTS[0], variant, height=256, width=256)
 
 
+def test_the_guidance_weight_of_another_family_is_refused(flux, klein, sdxl):
+    """1 − ᾱ_t and σ_t are one number to the schedule: without a check each name would stand for the other."""
+    for backbone, own, other in ((flux, "sigma", "one_minus_alpha_bar"), (klein, "sigma", "one_minus_alpha_bar"),
+                                 (sdxl, "one_minus_alpha_bar", "sigma")):  # fmt: skip
+        for gamma in (own, "normalised", "t_raw", None):
+            backbone.check_settings(Sampling(gamma=gamma))
+        with pytest.raises(HiresError, match=f"gamma = '{other}': .* allowed: {own}, normalised, t_raw"):
+            backbone.check_settings(Sampling(gamma=other))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_sdxl_base_is_the_stock_pipeline(sdxl, name, prediction):

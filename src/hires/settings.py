@@ -12,6 +12,7 @@ from hires.errors import HiresError, unknown
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
+Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
 
 SCALE_DIT = (
     "local_radius",
@@ -56,8 +57,8 @@ class Sampling(BaseModel):
     upsampling: Interpolation = Field("bicubic", description="interpolation of z_LU and of the decoded image")
     reference: Literal["rgb", "latent"] = Field("rgb", description="Z_ref when LFM is off: z_RU or z_LU")
     posterior: Literal["mode", "sample"] = Field("mode", description="VAE posterior on encode")
-    gamma: Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"] | None = Field(
-        None, description="SG weight over the schedule"
+    gamma: Gamma | None = Field(
+        None, description="SG weight over the schedule: normalised, t_raw; SDXL: one_minus_alpha_bar; FLUX: sigma"
     )
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
     dwt_steps: int | None = Field(

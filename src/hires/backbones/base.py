@@ -18,7 +18,7 @@ from hires.backbones.schedule import Schedule
 from hires.errors import HiresError, unknown
 from hires.extras import NO_EXTRAS, Control, Extras, controlnets
 from hires.parallel import shared_tiles
-from hires.settings import PRESETS, Sampling
+from hires.settings import PRESETS, Gamma, Sampling
 from hires.untrusted import read_hints
 
 Conditioning = dict[str, Tensor]  # every tensor has the batch first
@@ -46,6 +46,7 @@ class Backbone(ABC):
     families: ClassVar[dict[str, type["Backbone"]]] = {}
     siblings: ClassVar[tuple[type, ...]] = ()  # pipelines with the same components, under the same names
     without: tuple[str, ...] = ()  # settings that mean nothing to the family
+    gammas: ClassVar[tuple[Gamma, ...]] = ("sigma", "normalised", "t_raw")  # weights of Structure Guidance
     cuda_dtype: ClassVar[torch.dtype] = torch.bfloat16  # what its weights are loaded in on a GPU
     controlnet_class: ClassVar[Any] = None
     controlnet_pipeline: ClassVar[Any] = None
@@ -276,6 +277,11 @@ class Backbone(ABC):
             given = getattr(sampling, name)
             if name in sampling.model_fields_set and given != Sampling.model_fields[name].default:
                 raise HiresError(f"setting {name} = {given!r} means nothing to a {self.family} model: leave it out")
+        if sampling.gamma not in (None, *self.gammas):
+            raise HiresError(
+                f"setting gamma = {sampling.gamma!r}: the schedule of a {self.family} model knows no such weight: "
+                f"allowed: {', '.join(self.gammas)}"
+            )
 
     def first_step(self, sampling: Sampling) -> int:
         """Index of the first step of a stage: the last round(N·τ/1000) of N steps are run (paper: 20 of 50)."""

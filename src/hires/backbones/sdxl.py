@@ -31,6 +31,7 @@ class SDXL(Backbone):
         StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLControlNetImg2ImgPipeline,
     )
+    gammas = ("one_minus_alpha_bar", "normalised", "t_raw")
     without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale", "step_cache")
     controlnet_class = ControlNetModel
     controlnet_pipeline = StableDiffusionXLControlNetPipeline

@@ -1,18 +1,16 @@
 """Structure Guidance (ScaleDiff, arXiv 2510.25818, section 3.4)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hires.methods.frequency import low_pass
 from hires.methods.guides import Guide, Guided
-from hires.settings import LowPass, Sampling
+from hires.settings import Gamma, LowPass, Sampling
 
 if TYPE_CHECKING:
     from hires.backbones import Schedule
-
-Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
 
 
 def structure_guidance(
@@ -51,8 +49,8 @@ def guide(stage: Guided) -> Guide:
 
 def toward(reference: Tensor, schedule: "Schedule", sampling: Sampling) -> Guide:
     """What every step of a stage does to the model's output, with the settings' weight and filter."""
-    kind: Gamma = sampling.gamma or "normalised"
-    factor, shares = sampling.sg_factor or 1.0, schedule.noise_shares
+    kind, factor, shares = sampling.gamma, sampling.sg_factor, schedule.noise_shares
+    assert kind is not None and factor is not None  # every family has defaults
     low = low_pass(reference, sampling.low_pass, factor)
 
     def act(output: Tensor, latents: Tensor, step: int) -> Tensor:
