@@ -13,10 +13,9 @@ everybody, with the keys split over programs.
 The backward pass needs no atomics, and so gives the same bits every time: one kernel owns queries (dq), one owns keys
 (dk, dv) and walks over the queries that see them (`_seeing`).
 
-Tiles are chosen by counting the keys that are loaded (`tiles`). FLUX 4096², radius 8, 128 queries and 128 keys: query
-tiles of 8×16 load 24×32 keys in 6 steps for the 289 that each query needs (16×16 would load 1,024, 4×32 960), 128
-guidance keys in 1 step for 48 and 512 text keys in 4: 1,392 a query with the borders, 1.12 TFLOP a layer where .67 are
-needed, .42 more for text rows.
+Tiles are chosen by counting the keys that are loaded (`tiles`). FLUX 4096², radius 8, 64 queries and 64 keys: query
+tiles of 8×8 load 24×24 keys in 9 steps for the 289 that each query needs, guidance keys in 1 or 2 steps for 48 and 512
+text keys in 8: 1,184 a query with the borders, .95 TFLOP a layer where .67 are needed, .42 more for text rows.
 """
 
 from functools import cache, lru_cache
