@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -91,7 +92,8 @@ def test_bad_input_is_one_line(backbone, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys):
+def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     out = tmp_path / "cubes.png"
     assert cli("--size", "256x192", "--seed", 7, "--variant", "npa", "--out", out) == 0
     captured = capsys.readouterr()
@@ -112,6 +114,7 @@ def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys):
                            width=record["width"], seed=record["seed"], **settings)  # fmt: skip
     assert np.array_equal(np.array(again[0]), np.array(image))
     assert record["image"] is None
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_the_record_knows_the_own_image_by_its_digest(tmp_path, capsys):

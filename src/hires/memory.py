@@ -6,7 +6,6 @@ of another one is left, and makes its images one after the other; each is a row,
 
 import gc
 import multiprocessing
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hires.config import Name, Names, Section, Size, load_section
+from hires.devices import without_fragments
 from hires.errors import HiresError, unknown
 from hires.sizes import parse_size, stage_sizes
 from hires.storage import digest, read_json, replacing, write_json
@@ -126,7 +126,7 @@ def finished(folder: Path, row: Row, load: Load, steps: int) -> bool:
 
 def measure(loads: dict[str, Load], wanted: list[Row], steps: int, folder: Path) -> None:
     """Make the rows that are missing, each load in a fresh process; HiresError names the loads that ended early."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # stages differ in size: no fragments
+    without_fragments()
     ended = []
     for name, load in loads.items():
         missing = [row for row in wanted if row.load == name and not finished(folder, row, load, steps)]

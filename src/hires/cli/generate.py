@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from hires.additions import Additions, parse_lora
+    from hires.devices import without_fragments
     from hires.settings import PRESETS, Sampling
     from hires.sizes import parse_size
     from hires.storage import sha256
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace) -> int | None:
         crop=args.crop,
     )
     additions.check()
+    without_fragments()
     from hires import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
 
     if args.gpus < 1:
