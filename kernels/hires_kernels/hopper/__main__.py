@@ -7,6 +7,7 @@ from hires_kernels import neighborhood_patch_attention
 SHAPES = {  # grid, window, text tokens, batch, heads, head dim, dtype
     "FLUX": ((128, 128), (64, 64), 512, 1, 2, 128, torch.bfloat16),
     "FLUX, 832x1216": ((104, 152), (52, 76), 256, 1, 2, 128, torch.bfloat16),
+    "FLUX, tiles of padding": ((96, 72), (38, 52), 256, 1, 2, 128, torch.bfloat16),
     "SDXL, window 64": ((128, 128), (64, 64), None, 2, 2, 64, torch.float16),
     "SDXL, window 32": ((128, 128), (32, 32), None, 2, 2, 64, torch.float16),
 }
