@@ -225,7 +225,7 @@ def test_the_notebook_runs_on_the_parts(measured, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--parts", "tiny-flux-tex"], "unknown part 'tiny-flux-tex': did you mean 'tiny-flux-text'"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--config", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
         (["--device", "tpu"], "--device tpu: allowed: cuda, cpu"),
         (["tables", "--out", "nowhere"], "no measured part: run `hires speed`"),
     ],
@@ -240,8 +240,8 @@ def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("models: {}\nwithout_gpu: {}\nrepeat: 3\n", "repeat = 3: extra inputs"),
-        ("- a\n", "is no mapping"),
+        ("models: {}\nwithout_gpu: {}\nrepeat: 3\n", "unknown key 'repeat': did you mean 'repeats'"),
+        ("- a\n", "must be a mapping of keys"),
         (CONFIG.replace("repeats: 1", "repeats: 0"), "repeats = 0: input should be greater"),
     ],
 )

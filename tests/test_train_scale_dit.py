@@ -515,13 +515,14 @@ def test_the_recipe_names_its_mistakes(tmp_path):
         assert "\n" not in str(error.value)
 
     refused("stepz: 3", "unknown key 'stepz': did you mean 'steps'?")
-    refused("optimizer: {rl: 3}", "optimizer: unknown key 'rl': did you mean 'lr'?")
-    refused("sampling: {local_radiuss: 3}", "sampling: unknown key 'local_radiuss': did you mean 'local_radius'?")
+    refused("optimizer: {rl: 3}", "optimizer.rl: unknown key 'rl': did you mean 'lr'?")
+    refused("sampling: {local_radiuss: 3}", "unknown key 'local_radiuss': did you mean 'local_radius'?")
     refused("batch: 0", "batch = 0: input should be greater than or equal to 1")
     refused("sampling: {lr_keys: false}", "sampling.lr_keys = false")
     refused("a: [", "must be YAML")
-    refused("- 1", "must be a mapping of keys: model,")
-    with pytest.raises(HiresError, match="can't be read: No such file"):
+    refused("- 1", "must be a mapping of keys (model,")
+    refused("extends: other.yaml", "unknown key 'extends'")
+    with pytest.raises(HiresError, match=r"none.yaml does not exist; .* holds: r.yaml"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "r.yaml").write_text("optimizer: {clip: 0.1}")
     assert Recipe.load(tmp_path / "r.yaml", optimizer={"lr": 3.0}, steps=7).model_dump(

@@ -369,28 +369,23 @@ class ImageSet:
 Root = TypeVar("Root", bound=Section)
 
 
-def load_section(path: str | Path, model: type[Root]) -> Root:
-    """Read and validate a YAML file of another kind than a configuration; HiresError, one line, for any mistake."""
-    try:
-        return model.model_validate(_read(Path(path), (), model))
-    except ValidationError as error:
-        raise HiresError(f"{path}: {_one_line(error, model)}") from None
-
-
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read, merge (`extends`, then `overrides`) and validate a configuration.
 
     What is merged into a section with fixed keys replaces single keys; tables of your own names (backbones, variants,
     studies, notebooks) and lists are replaced as a whole. HiresError, one line, for anything that isn't right.
     """
-    data = _read(Path(path), ())
-    if overrides:
-        data = _merge(data, overrides, Config)
+    return load_section(path, Config, overrides)
+
+
+def load_section(path: str | Path, model: type[Root], overrides: Mapping[str, Any] | None = None) -> Root:
+    """`load_config` for a YAML file of any kind; `extends` is for kinds that have the key."""
+    data = _merge(_read(Path(path), (), model), overrides or {}, model)
     _check_secrets(data)
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise HiresError(f"{path}: {_one_line(error)}") from None
+        raise HiresError(f"{path}: {_one_line(error, model)}") from None
 
 
 def _check_secrets(value: Any) -> None:
@@ -402,7 +397,7 @@ def _check_secrets(value: Any) -> None:
         raise HiresError(f"{value!r}: a token or password has no place in a configuration: use hf auth login")
 
 
-def _read(path: Path, chain: tuple[Path, ...], model: type[Section] = Config) -> dict[str, Any]:
+def _read(path: Path, chain: tuple[Path, ...], model: type[Section]) -> dict[str, Any]:
     try:
         here = path.resolve()
         if here in chain:
@@ -419,8 +414,8 @@ def _read(path: Path, chain: tuple[Path, ...], model: type[Section] = Config) ->
     if not isinstance(data, dict):
         given = "empty" if data is None else f"a {type(data).__name__}"
         raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(model))}), but it is {given}")
-    if isinstance(data.get("extends"), str):
-        data = _merge(_read(path.parent / data["extends"], (*chain, here)), data, Config)
+    if "extends" in model.model_fields and isinstance(data.get("extends"), str):
+        data = _merge(_read(path.parent / data["extends"], (*chain, here), model), data, model)
     return data
 
 
@@ -444,7 +439,7 @@ def _at(place: str, error: HiresError) -> HiresError:
     return HiresError(f"{place}: {error}")
 
 
-def _one_line(error: ValidationError, root: type[Section] = Config) -> str:
+def _one_line(error: ValidationError, root: type[Section]) -> str:
     """The first mistake in a validation error, in our words."""
     mistakes = error.errors(include_url=False)
     first, more = mistakes[0], len(mistakes) - 1

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from hires.errors import HiresError, unknown
+from hires.config import Section, load_section
+from hires.errors import unknown
 
 ROOT = Path("results/speed")
 STEPS = {"flux": (30, 18), "sdxl": (50, 20)}  # ScaleDiff: of the base stage, of every later one
@@ -15,22 +15,16 @@ Side = Annotated[int, Field(ge=1)]
 Name = Literal["scalediff", "multidiffusion", "dense", "scale-dit", "scalediff-fp8", "scalediff-fast", "attention-free"]
 
 
-class Section(BaseModel):
-    """A part of the file: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Model(Section):
-    """What is measured of one model. The first size is its base."""
+    """What is measured of one model. Sizes are sides of square images, pixels; the first one is its base."""
 
-    dtype: Literal["float32", "bfloat16", "float16"]
-    sizes: list[Side] = Field(min_length=1)
-    contenders: list[Name] = Field(min_length=1)
-    skipped: dict[Side, list[Name]] = {}  # contenders that a size goes without
-    check: Side
-    largest: list[Side] = []
-    gpus: Side | None = None  # size of the image that two GPUs make together
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="precision of the model")
+    sizes: list[Side] = Field(min_length=1, description="sides at which every contender's step is measured")
+    contenders: list[Name] = Field(min_length=1, description="what is measured side by side")
+    skipped: dict[Side, list[Name]] = Field({}, description="contenders that a size goes without")
+    check: Side = Field(description="side of the image that is made whole, to check the sum of its parts")
+    largest: list[Side] = Field([], description="sides that ScaleDiff alone tries, until memory is short")
+    gpus: Side | None = Field(None, description="size of the image that two GPUs make together")
 
     def contenders_at(self, size: int) -> list[str]:
         """Who is measured at a size; at the base size the base stage's own."""
@@ -61,16 +55,7 @@ class Part:
 
 def load_speed(path: Path) -> Speed:
     """Read the file; HiresError says in one line what is wrong with it."""
-    try:
-        return Speed(**yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise HiresError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, TypeError) as error:
-        raise HiresError(f"{path} is no mapping in YAML: {' '.join(str(error).split())[:160]}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise HiresError(f"{path}: {place} = {first['input']!r}: {first['msg'].lower()}") from None
+    return load_section(path, Speed)
 
 
 def cascade_steps(model: str) -> tuple[int, int]:

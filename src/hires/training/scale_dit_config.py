@@ -1,20 +1,15 @@
 """The recipe of `hires train scale-dit`: one YAML file, validated before any work."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from hires.errors import HiresError, unknown
+from hires.config import Section, load_section
+from hires.errors import HiresError
 from hires.settings import Sampling
-from hires.untrusted import read_yaml
 
 ATTENTION_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Section):
@@ -115,44 +110,4 @@ class Recipe(Section):
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Self:
         """Read and validate a recipe; `overrides` replace keys of the file. HiresError, one line, on any mistake."""
-        try:
-            data = read_yaml(path)
-        except OSError as error:
-            raise HiresError(f"recipe {path} can't be read: {error.strerror}") from None
-        if not isinstance(data, dict):
-            raise HiresError(f"recipe {path}: must be a mapping of keys: {', '.join(cls.model_fields)}")
-        try:
-            return cls.model_validate(_replaced(data, overrides))
-        except ValidationError as error:
-            raise HiresError(f"recipe {path}: {_one_line(error)}") from None
-
-
-def _replaced(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`overrides` are keys, or dictionaries of keys for a section."""
-    merged = dict(data)
-    for key, value in overrides.items():
-        section = isinstance(value, dict) and isinstance(data.get(key, {}), dict)
-        merged[key] = {**data.get(key, {}), **value} if section else value
-    return merged
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    names = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        where = ".".join(names[:-1])
-        return (
-            f"{where}: {unknown('key', names[-1], _keys(names[:-1]))}"
-            if where
-            else str(unknown("key", names[-1], _keys([])))
-        )
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{'.'.join(names)} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _keys(section: Sequence[str]) -> list[str]:
-    model: Any = Recipe
-    for name in section:
-        model = model.model_fields[name].annotation
-    return list(model.model_fields)
+        return load_section(path, cls, overrides)
