@@ -19,6 +19,7 @@ import triton.experimental.gluon.nvidia.hopper
 from torch import Tensor
 
 PROGRAMS = 3  # multiprocessors
+ALL = torch.tensor(True)
 local = threading.local()
 chance = random.Random()
 
@@ -42,9 +43,9 @@ class Pointer:
     def unsqueeze(self, dim):
         return Pointer(self.memory, self.offset.unsqueeze(dim))
 
-    def read(self, mask):
+    def read(self, mask, other=0.0):
         offset, mask = torch.broadcast_tensors(self.offset, mask)
-        values = torch.zeros(offset.shape, dtype=self.memory.dtype)
+        values = torch.full(offset.shape, other, dtype=self.memory.dtype)
         values[mask] = self.memory[offset[mask]]
         return values
 
@@ -235,7 +236,7 @@ language = SimpleNamespace(
     maximum=lambda a, b: torch.maximum(block(a), block(b)), minimum=lambda a, b: torch.minimum(block(a), block(b)),
     max=Tensor.amax, sum=Tensor.sum, exp2=torch.exp2, cdiv=lambda a, b: -(-a // b),
     expand_dims=lambda x, dim: x.unsqueeze(dim), convert_layout=lambda x, layout: x,
-    load=lambda pointer: pointer.read(torch.tensor(True)),
+    load=lambda pointer, mask=ALL, other=0.0: pointer.read(mask, other),
     store=lambda pointer, values, mask: pointer.write(values, mask),
     warp_specialize=warp_specialize,
 )  # fmt: skip

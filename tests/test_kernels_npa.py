@@ -140,13 +140,14 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 }
 
 
-OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True}
+OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True, "text_once": True}
 
 
 @pytest.mark.parametrize(
     ("case", "launch"),
     [
         *((case, {}) for case in GLUON_CASES),
+        *((case, {"text_once": True}) for case in ("long text", "ragged", "shifted", "global text rows")),
         *((case, OTHER) for case in ("long text", "ragged", "shifted", "tiles of padding", "steps fewer than stages")),
     ],
 )

@@ -58,13 +58,17 @@ def _item(item, shift, shape, SHIFTED: gl.constexpr):
 
 
 @gluon.jit
-def _steps(tile, down, across, shape, QUERIES: gl.constexpr):
+def _steps(tile, down, across, shape, QUERIES: gl.constexpr, TEXT_ONCE: gl.constexpr):
     """Steps over image keys and over text keys of an item. One, of which nothing is kept, for a tile of padding.
+
+    TEXT_ONCE: what text queries make of text keys is the same in every patch and comes from outside.
 
     Called where they are needed: Triton 3.6 takes for dead what a loop carries for the bound of an inner loop alone.
     """
     _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
     padding = (tile < image_tiles) & (tile * QUERIES >= down * across)
+    if TEXT_ONCE:
+        text_steps = gl.where(tile < image_tiles, text_steps, 0)
     return gl.where(padding, 1, image_steps), gl.where(padding, 0, text_steps)
 
 
@@ -84,7 +88,7 @@ def _produce(
     key, value, text_key, text_value, shift, walks, shape, k_tiles, v_tiles, barriers,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, TEXT_ONCE: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
@@ -94,7 +98,7 @@ def _produce(
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         batch, head, patch, tile, window_row, window_col, _, _, down, across = _item(item, shift, shape, SHIFTED)
-        image_steps, text_steps = _steps(tile, down, across, shape, QUERIES)
+        image_steps, text_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
         wide = gl.cdiv(window[1], COLS)
         key_row = batch * key_walk[0] + head * key_walk[1] + window_row
         value_row = batch * value_walk[0] + head * value_walk[1] + window_row
@@ -184,13 +188,29 @@ def _partial_sums(weights, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _text_alone(
+    GROUP: gl.constexpr, text_rows, text_logsums, batch, head, tile, shape,
+    QUERIES: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """What a tile of text queries makes of text keys alone: rows, and log2 of their sums. Nothing for image tiles."""
+    _, _, _, heads, text_tokens, _, _, image_tiles, _, _ = shape
+    place = (tile - image_tiles) * QUERIES + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    valid = (tile >= image_tiles) & (place < text_tokens)
+    row = (batch * text_tokens + place) * heads + head
+    logsums = gl.load(text_logsums + row, mask=valid, other=float("-inf"))
+    places = gl.expand_dims(row * DIM, 1) + gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
+    rows = gl.load(text_rows + places, mask=gl.expand_dims(valid, 1), other=0.0)
+    return rows, logsums
+
+
+@gluon.jit
 def _consume(
-    GROUP: gl.constexpr, query, output, text_query, text_output, shift,
+    GROUP: gl.constexpr, query, output, text_query, text_output, text_rows, text_logsums, shift,
     walks, shape, scale, q_tiles, k_tiles, v_tiles, barriers, turns,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    PING_PONG: gl.constexpr, STAGED: gl.constexpr,
+    PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
     grid, window, patches, heads, text_tokens, image_steps, _, image_tiles, _, items = shape
@@ -240,7 +260,7 @@ def _consume(
     for item in range(gl.program_id(0), items, stride):
         sums = gl.zeros([64, DIM], gl.float32, SUMS)
         queries = q_tiles.index(2 * buffer + GROUP)
-        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
         for step in range(1, first_steps + last_steps):
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
@@ -273,6 +293,8 @@ def _consume(
 
         # last values of this item, first scores of the next
         follows = item + stride < items
+        if TEXT_ONCE:
+            rows, logsums = _text_alone(GROUP, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
         stage, phase = done % V_STAGES, done // V_STAGES & 1
         next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
         async_copy.wait_group(0)
@@ -290,16 +312,25 @@ def _consume(
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+        last_top, last_total = top, gl.sum(total, 1)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
-        share = 1.0 / gl.sum(total, 1)
         total = _partial_sums(weights, PARTS)
         mbarrier.wait(v_ready.index(stage), phase)
         sums, operand = warpgroup_mma_wait(0, [sums, operand])
         mbarrier.arrive(v_free.index(stage))
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
-        sums *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, SUMS)), 1)
+        last_total = gl.convert_layout(last_total, gl.SliceLayout(1, SUMS))
+        if TEXT_ONCE:
+            last_top = gl.convert_layout(last_top, gl.SliceLayout(1, SUMS))
+            highest = gl.maximum(last_top, logsums)
+            image_share, text_share = gl.exp2(last_top - highest), gl.exp2(logsums - highest)
+            share = 1.0 / (last_total * image_share + text_share)
+            sums *= gl.expand_dims(image_share * share, 1)
+            sums += rows.to(gl.float32) * gl.expand_dims(text_share * share, 1)
+        else:
+            sums *= gl.expand_dims(1.0 / last_total, 1)
         outputs = sums.to(dtype)
         if STAGED:  # by way of the item's own queries, which nobody needs any more: whole rows to a warp
             queries.store(outputs)
@@ -336,12 +367,12 @@ def _consume(
 
 @gluon.jit
 def _attend(
-    query, key, value, output, text_query, text_key, text_value, text_output, shift,
+    query, key, value, output, text_query, text_key, text_value, text_output, text_rows, text_logsums, shift,
     query_walks, key_walks, shape, scale,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr,
+    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -367,18 +398,20 @@ def _attend(
     gl.warp_specialize(
         [
             (_consume, (
-                0, query, output, text_query, text_output, shift, query_walks, shape, scale,
+                0, query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
+                TEXT_ONCE,
             )),
             (_consume, (
-                1, query, output, text_query, text_output, shift, query_walks, shape, scale,
+                1, query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
                 q_tiles, k_tiles, v_tiles, barriers, turns,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
+                TEXT_ONCE,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE,
             )),
         ],
         worker_num_warps=[4, 1],
@@ -427,16 +460,31 @@ def attend(
     image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / KEYS)
     shape = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
     launch = launches.launch("npa_gluon", dim, query.device)
+    text_once, text_rows, text_logsums = False, query, query
+    if launch["text_once"] and text is not None and text_output is not None:
+        text_once, (text_rows, text_logsums) = True, _text_among_itself(text, turned, scale)
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     watching.launched("hopper.npa", queries=QUERIES, keys=KEYS, **launch, tile=list(tile), programs=programs)
     _attend[(programs,)](
         query, *pointers[:2], output,
-        text_query, *pointers[2:], output if text_output is None else text_output,
+        text_query, *pointers[2:], output if text_output is None else text_output, text_rows, text_logsums,
         query if patches.shift is None else patches.shift,
         (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
         QUERIES=QUERIES, ROWS=tile[0], COLS=tile[1], DIM=dim,
         K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % KEYS != 0,
-        PING_PONG=launch["ping_pong"], STAGED=launch["staged"], num_warps=4,
+        PING_PONG=launch["ping_pong"], STAGED=launch["staged"], TEXT_ONCE=text_once, num_warps=4,
     )  # fmt: skip
+
+
+def _text_among_itself(text: Triple, turned: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of text on text, (batch, tokens, heads, dim), and log2 of its sums, (batch, tokens, heads).
+
+    A patch turns queries and keys by one angle, which their products don't see: any patch will do.
+    """
+    query, key = (x[:, 0] if turned else x for x in text[:2])
+    name = "_scaled_dot_product_flash_attention" + ("_for_cpu" if query.device.type == "cpu" else "")
+    flash = getattr(torch.ops.aten, name)
+    rows, logsums = flash(*(x.transpose(1, 2) for x in (query, key, text[2])), scale=scale)[:2]
+    return rows.transpose(1, 2).contiguous(), (logsums.transpose(1, 2) * LOG2_E).contiguous()

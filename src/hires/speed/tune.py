@@ -28,10 +28,14 @@ def _grid(**fields: Sequence[Any]) -> list[dict[str, Any]]:
 
 CANDIDATES: dict[str, dict[int, list[dict[str, Any]]]] = {  # kernel, head dim; few of them spill registers on sm_90
     "npa_gluon": {
-        64: _grid(k_stages=(2, 3, 4), v_stages=(2, 4), ping_pong=(True, False), staged=(False, True)),
+        64: _grid(
+            k_stages=(2, 3, 4), v_stages=(2, 4), ping_pong=(True, False), staged=(False, True), text_once=(False,)
+        ),
         128: [
             x
-            for x in _grid(k_stages=(2, 3), v_stages=(2, 3), ping_pong=(True, False), staged=(False, True))
+            for x in _grid(
+                k_stages=(2, 3), v_stages=(2, 3), ping_pong=(True, False), staged=(False, True), text_once=(False, True)
+            )
             if x["k_stages"] + x["v_stages"] < 6
         ],
     },
