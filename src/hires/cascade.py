@@ -143,8 +143,8 @@ def _predictor(
     return on_views
 
 
-def _attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
-    """Options of the variant's attention kind."""
+def attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
+    """What `use_attention` is told for the variant's attention, but for random shifts and Scale-DiT's guidance."""
     if variant.attention == "npa":
         return {
             "text_rows": sampling.text_rows,
@@ -161,7 +161,7 @@ def _check_stages(
     backbone: Backbone, variant: Variant, sampling: Sampling, sizes: Sequence[Size], base_size: Size
 ) -> None:
     """Refuse an attention or a filter that doesn't fit one of the stages, before any work; sizes in latent pixels."""
-    options = _attention_options(variant, sampling)
+    options = attention_options(variant, sampling)
     if variant.sharpening and sampling.reference == "latent" and not variant.lfm:
         raise HiresError("reference = 'latent' enlarges no image that could be sharpened: leave one of the two out")
     for size in sizes:
@@ -202,7 +202,7 @@ def _denoise(
     told_latents = base_size if sampling.time_ids == "base" else size
     told_size = (told_latents[0] * backbone.scale, told_latents[1] * backbone.scale)
     predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size, control)
-    options = _attention_options(variant, sampling)
+    options = attention_options(variant, sampling)
     if low is not None:
         options["guidance"] = low
     # A view has the base's size, so the model's own attention is right for it.

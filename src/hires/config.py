@@ -365,6 +365,12 @@ class ImageSet:
     def size(self) -> str:
         return f"{self.height}x{self.width}"
 
+    @property
+    def names(self) -> dict[str, Any]:
+        """What tells it from other sets: its place in paths, records and tables."""
+        names = ("study", "setting", "backbone", "variant", "height", "width")
+        return {name: getattr(self, name) for name in names}
+
 
 Root = TypeVar("Root", bound=Section)
 

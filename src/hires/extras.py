@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hires.errors import HiresError
-
-Size = tuple[int, int]  # (height, width)
+from hires.sizes import Size
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,6 @@ def _path(config: Config, output: str, **fields: Any) -> Path:
     return Path(pattern(config, output).format(**fields))
 
 
-def _set_fields(images: ImageSet) -> dict[str, Any]:
-    names = ("study", "setting", "backbone", "variant", "height", "width")
-    return {name: getattr(images, name) for name in names}
-
-
 def _base_fields(base: BaseSet) -> dict[str, Any]:
     return {"backbone": base.backbone, "base_height": base.height, "base_width": base.width, "key": base.key}
 
@@ -292,7 +287,7 @@ def base_shards(config: Config, base: BaseSet) -> list[Path]:
 
 def image_shard(config: Config, images: ImageSet, shard: int) -> Path:
     """Manifest of one shard of images: its declared output."""
-    return _path(config, "image_shard", **_set_fields(images), shard=f"{shard:03}")
+    return _path(config, "image_shard", **images.names, shard=f"{shard:03}")
 
 
 def image(config: Config, images: ImageSet, prompt_id: str, seed: int) -> Path:
@@ -307,17 +302,17 @@ def image_shards(config: Config, images: ImageSet) -> list[Path]:
 
 def features(config: Config, images: ImageSet) -> Path:
     """Features of one image set."""
-    return _path(config, "features", **_set_fields(images))
+    return _path(config, "features", **images.names)
 
 
 def scores(config: Config, images: ImageSet) -> Path:
     """Aggregate scores of one image set, tidy."""
-    return _path(config, "scores", **_set_fields(images))
+    return _path(config, "scores", **images.names)
 
 
 def crops(config: Config, images: ImageSet) -> Path:
     """Crops of the first images of one set, side by side."""
-    return _path(config, "crops", **_set_fields(images))
+    return _path(config, "crops", **images.names)
 
 
 def reference_crops(config: Config, height: int, width: int) -> Path:
@@ -332,4 +327,4 @@ def collected(config: Config) -> Path:
 
 def image_scores(config: Config, images: ImageSet) -> Path:
     """Scores of the single images of one set: columns id, seed, metric, value."""
-    return _path(config, "image_scores", **_set_fields(images))
+    return _path(config, "image_scores", **images.names)

@@ -196,9 +196,8 @@ def low_resolution_pass(
     with (
         use_attention(model, "scale_dit", low_size, low_size, collect=found, **options),
         transformer.cache_context("low_resolution"),  # for the caches of diffusers, where the user has one on
-        torch.compiler.set_stance(
-            "force_eager"
-        ),  # `collect` grows: a compiled block would be compiled anew for each layer
+        # `collect` grows: a compiled block would be compiled anew for each layer.
+        torch.compiler.set_stance("force_eager"),
     ):
         transformer(
             hidden_states=tokens,

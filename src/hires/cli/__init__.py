@@ -33,10 +33,10 @@ COMMANDS = {
     "checksums": "stage: SHA-256 of everything that a configuration made",
     "run": "run every stage of a configuration in this process, without Snakemake",
     "collect": "bring together scores that several machines made",
-    "train": "train the embedded models",
-    "speed": "measure the attention kernels on this machine's GPU",
+    "train": "train the embedded models, or an adapter for Scale-DiT",
+    "speed": "measure steps, images and attention kernels on this machine's GPU",
     "memory": "measure seconds and memory of whole images on this machine's GPU",
-    "promote": "copy finished models or reference results into the tracked tree",
+    "promote": "copy finished models, scores and measurements into the tracked tree",
 }
 
 

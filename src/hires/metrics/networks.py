@@ -98,12 +98,7 @@ class ClipFeatures:
     splits = 1
 
     def __init__(self, clip: Clip, classes: Sequence[str] = CLASSES):
-        self.name, self.clip, self.view, self.crop = (
-            clip.name,
-            clip,
-            clip.view,
-            clip.model.config.vision_config.image_size,
-        )
+        self.name, self.clip, self.view, self.crop = clip.name, clip, clip.view, clip.size
         text, _ = clip.text(classes)
         self.classes = clip.model.logit_scale.exp() * text / text.norm(dim=1, keepdim=True)
 

@@ -22,7 +22,6 @@ from hires.results import BETWEEN, named
 from hires.statistics import holm, p_value
 
 FID_REPLICATES = 200  # at most: each takes singular values
-SET = ["study", "setting", "backbone", "variant", "height", "width"]
 ROW = ["metric", "value", "low", "high", "n", "flag", "protocol"]
 TIDY = ["study", "setting", "trial", "backbone", "variant", "height", "width", *ROW]
 PAIRED = ["study", "setting", "backbone", "height", "width", "metric", "a", "b", "difference", "low", "high", "n"]

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from hires.sizes import patch_side, scaled_window
 
-TOKEN = (
-    16  # pixels a side of a token of the finest windowed layer: FLUX packs 2×2 latents, SDXL attends from level 1 on
-)
+# Pixels a side of a token of the finest windowed layer: FLUX packs 2×2 latents, SDXL attends from level 1 on.
+TOKEN = 16
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`hires speed`: measure parts one at a time, each in a file that says what was measured on what."""
 
 import gc
+import logging
 import math
 import os
 import time
@@ -137,7 +138,7 @@ def _rows(part: Part, speed: Speed, model: Model, device: torch.device) -> Itera
         "largest": _largest,
         "gpus": _gpus,
     }
-    torch._logging.set_logs(dynamo=40, inductor=40)  # errors
+    torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
     yield from kinds[part.kind](part, speed, model, device)
 
 

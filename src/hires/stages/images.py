@@ -94,14 +94,9 @@ def _wait(files: Sequence[Future]) -> None:
         file.result()
 
 
-def _names(images: ImageSet) -> dict[str, Any]:
-    names = ("study", "setting", "backbone", "variant", "height", "width")
-    return {name: getattr(images, name) for name in names}
-
-
 def head(images: ImageSet) -> dict[str, Any]:
     """What a manifest begins with."""
-    return {"version": VERSIONS["images"], **_names(images)}
+    return {"version": VERSIONS["images"], **images.names}
 
 
 def items(config: Config, images: ImageSet, shard: int) -> list[Item]:
@@ -208,7 +203,7 @@ class _Maker:
         parameters = {
             "prompt": item.prompt.prompt,
             "seed": item.seed,
-            **_names(self.images),
+            **self.images.names,
             "model": self.backbone.name,
             "revision": self.backbone.revision,
             **({"adapters": self.adapters} if self.adapters else {}),

@@ -48,21 +48,20 @@ def _score(config: Config, images: ImageSet, references: "Features") -> None:
     import pandas as pd
 
     from hires.metrics import Features
-    from hires.metrics.scores import SET, TIDY, frame, over_trials, per_image, score
+    from hires.metrics.scores import TIDY, frame, over_trials, per_image, score
 
     file = layout.features(config, images)
     with remade("features", file):
         features = Features.load(file)
     manifest = pd.DataFrame(read_manifests(layout.image_shards(config, images), "images"))
     table = per_image(features, config.metrics.scores, manifest, references, borders(config, images))
-    names = {name: getattr(images, name) for name in SET}
     trials = {}
     for seed in images.seeds:
         rows = [i for i, s in enumerate(features.seeds) if s == seed]
         trials[str(seed)] = score(features.take(rows), references, config.metrics, table[table["seed"] == seed])
-    parts = [frame(over_trials([*trials.values()]), trial="all", **names)]
+    parts = [frame(over_trials([*trials.values()]), trial="all", **images.names)]
     if len(trials) > 1:
-        parts += [frame(found, trial=seed, **names).assign(replicates=None) for seed, found in trials.items()]
+        parts += [frame(found, trial=seed, **images.names).assign(replicates=None) for seed, found in trials.items()]
     parts = [part[[*TIDY, "replicates"]] for part in parts]
     parquet.write_frame(layout.image_scores(config, images), table)
     parquet.write_frame(layout.scores(config, images), pd.concat(parts))
