@@ -141,7 +141,7 @@ def test_the_documented_example_runs(pipes):
     """docs/modular.md, with the tiny model in place of the hub's."""
     text = (Path(__file__).parent.parent / "docs" / "modular.md").read_text()
     code = text.split("```python")[1].split("```")[0]
-    before, after = code.split("pipe.load_components(torch_dtype=torch.bfloat16)\n")
+    before, after = code.split("pipe.load_components(dtype=torch.bfloat16)\n")
     scope = {}
     exec(before.replace('"black-forest-labs/FLUX.1-dev"', ""), scope)
     tiny = pipes["tiny-flux"].components

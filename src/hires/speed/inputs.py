@@ -8,6 +8,7 @@ from hires_kernels import geometry, reference, rope
 from torch import Tensor
 
 from hires.speed.shapes import Shape
+from hires.speed.timing import rotations
 
 SAMPLE = 64  # image tokens whose rows are computed exactly
 TEXT_SAMPLE = 4
@@ -49,6 +50,13 @@ def make(shape: Shape, device: torch.device, seed: int) -> Inputs:
         rope=tuple(table.to(device) for table in positions(shape)),  # type: ignore[arg-type]
         weight=weight,  # type: ignore[arg-type]
     )
+
+
+def turns(shape: Shape, device: torch.device) -> list[Inputs]:
+    """Sets of inputs to take in turn (`hires.speed.timing.rotations`)."""
+    first = make(shape, device, seed=0)
+    size = sum(x.nbytes for x in first.image)
+    return [first, *(make(shape, device, seed) for seed in range(1, rotations(size, device)))]
 
 
 def positions(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from hires import provenance
 from hires.errors import HiresError, unknown
 from hires.speed import contenders
-from hires.speed.inputs import Inputs, make, rows, sample
+from hires.speed.inputs import Inputs, rows, sample, turns
 from hires.speed.shapes import Shape, choose
-from hires.speed.timing import milliseconds, rotations
+from hires.speed.timing import failure, milliseconds
 
 COLUMNS = (
     "shape",
@@ -67,8 +67,8 @@ def measure(
     torch._logging.set_logs(dynamo=logging.ERROR)
     machine = _machine()
     for shape in shapes:
-        first = make(shape, device, seed=0)
-        sets = [first, *(make(shape, device, seed) for seed in range(1, rotations(_bytes(first), device)))]
+        sets = turns(shape, device)
+        first = sets[0]
         for part in shape.parts:
             exact = plain = None
             for name in names:
@@ -114,8 +114,7 @@ def _timed(
         with torch.no_grad(), contenders.attention(shape, name, device):
             times = milliseconds(lambda index: program(sets[index % len(sets)]), device, repeats, len(sets))
     except Exception as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-        return {"reason": f"{type(error).__name__}: {first_line.strip()}"}
+        return {"reason": failure(error)}
     middle = median(times)
     row: Row = {
         "ms": middle,
@@ -142,10 +141,6 @@ def _sampled(shape: Shape, part: str, output: tuple[Tensor, Tensor | None]) -> T
 
 def _error(given: Tensor, exact: Tensor) -> float:
     return float(((given.double() - exact).square().mean() / exact.square().mean()).sqrt())
-
-
-def _bytes(inputs: Inputs) -> int:
-    return sum(x.nbytes for x in inputs.image)
 
 
 def _prologue_bytes(inputs: Inputs) -> int:

@@ -19,9 +19,9 @@ import torch
 from hires_kernels.orders import ORDERS
 
 from hires.errors import HiresError
-from hires.speed.inputs import Inputs, make
+from hires.speed.inputs import Inputs, make, turns
 from hires.speed.shapes import SHAPES, Shape, choose
-from hires.speed.timing import milliseconds, rotations
+from hires.speed.timing import milliseconds
 
 Row = dict[str, Any]
 COUNTERS = {  # ours -> Nsight Compute's
@@ -49,9 +49,7 @@ def check(shapes: Sequence[str], device: str, traffic: bool) -> list[Shape]:
 def measure(shapes: Sequence[Shape], device: torch.device, repeats: int, traffic: bool) -> Iterator[Row]:
     """A row for each shape and order: milliseconds of image and text rows, gigabytes where `traffic` is asked for."""
     for shape in shapes:
-        first = make(shape, device, seed=0)
-        size = sum(x.nbytes for x in first.image)
-        sets = [first, *(make(shape, device, seed) for seed in range(1, rotations(size, device)))]
+        sets = turns(shape, device)
         for order in ORDERS:
             program = partial(_program, shape, sets, order)
             row = {"shape": shape.name, "order": order, "ms": median(milliseconds(program, device, repeats, len(sets)))}

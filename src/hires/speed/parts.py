@@ -23,6 +23,7 @@ from hires.settings import Sampling
 from hires.speed import flop, steps
 from hires.speed.settings import Model, Part, Speed, cascade_steps
 from hires.speed.steps import CONTENDERS, PROMPT, Contender, Row
+from hires.speed.timing import failure
 from hires.stages import VERSIONS
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
 from hires.storage import digest, read_json, write_json
@@ -157,8 +158,7 @@ def _tried(what: str, contender: str, call: Callable[[], Row]) -> Row:
     try:
         return {"contender": contender, "what": what, **call()}
     except Exception as error:
-        told = next((line for line in str(error).splitlines() if line.strip()), "")
-        return {"contender": contender, "what": what, "reason": f"{type(error).__name__}: {told.strip()}"}
+        return {"contender": contender, "what": what, "reason": failure(error)}
 
 
 def _steps(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:

@@ -47,6 +47,12 @@ def milliseconds(call: Callable[[int], Any], device: torch.device, repeats: int,
     return sorted(times)
 
 
+def failure(error: Exception) -> str:
+    """Kind and first line of an exception: the reason why there is no time."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first.strip()}"
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

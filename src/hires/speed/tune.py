@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hires.errors import HiresError, unknown
 from hires.speed import contenders
-from hires.speed.inputs import Inputs, make, rows, sample
+from hires.speed.inputs import Inputs, rows, sample, turns
 from hires.speed.shapes import SHAPES, Shape
-from hires.speed.timing import milliseconds, rotations
+from hires.speed.timing import failure, milliseconds
 from hires.storage import write_text
 
 Row = dict[str, Any]
@@ -97,18 +97,16 @@ def tune(kernels: Sequence[str], repeats: int, device: torch.device) -> Iterator
         for head_dim, candidates in CANDIDATES[kernel].items():
             name, part = MEASURED[kernel, head_dim]
             shape = SHAPES[name]
-            first = make(shape, device, seed=0)
-            size = sum(x.nbytes for x in first.image)
-            sets = [first, *(make(shape, device, seed) for seed in range(1, rotations(size, device)))]
+            sets = turns(shape, device)
             committed = dict(launches.launch(kernel, head_dim, device))
             program = _program(kernel, shape, part, device)
-            exact = _exact(program, shape, part, first)
+            exact = _exact(program, shape, part, sets[0])
             for candidate in [committed, *(x for x in candidates if x != committed)]:
                 row: Row = {"kernel": kernel, "head_dim": head_dim, "shape": name, "part": part, "launch": candidate}
                 with launches.trying(kernel, head_dim, device, candidate):
                     row |= _measured(program, shape, part, sets, exact, repeats, device)
                 yield row
-            del first, sets
+            del sets
             torch.cuda.empty_cache()
 
 
@@ -187,8 +185,7 @@ def _measured(
             given = program(sets[0])
             times = milliseconds(lambda index: program(sets[index % len(sets)]), device, repeats, len(sets))
     except Exception as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
-        return {"reason": f"{type(error).__name__}: {first_line.strip()}"}
+        return {"reason": failure(error)}
     return {"ms": median(times), "right": _right(given, shape, part, exact)}
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from hires.adapters import SCALE_DIT as ADAPTER
 from hires.adapters import adapter_switched
 from hires.attention import low_resolution_pass, use_attention
 from hires.backbones import load
@@ -37,18 +38,16 @@ from hires.generation import generate
 from hires.lora import load_lora, save_lora
 from hires.methods.frequency import resize
 from hires.settings import Sampling
+from hires.sizes import Size
 from hires.storage import replacing, write_json
 from hires.training.captioned import Pictures, Source, open_source, seed_of
 from hires.training.evaluate import contact_sheet
 from hires.training.loop import EAGER_STEPS, EMA, captured, side_stream
 from hires.training.scale_dit_config import Lora, Optimizer, Recipe, Timestep
 
-ADAPTER = "scale-dit"
 CHECKPOINT = "checkpoint.pt"
 TRAINING, VALIDATION = 0, 1  # streams of random numbers
 MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "validation", "cuda_graph"}  # between a run and its resumption
-
-Size = tuple[int, int]
 
 
 class Batch(NamedTuple):
