@@ -1,8 +1,7 @@
 """Which program runs an operation, and why another one can't.
 
 A backend is a module with a function for each operation that it runs, which imports torch only (anything heavier
-inside the functions), and one line in `BACKENDS`. Its check is what chooses it and what
-explains a refusal.
+inside the functions), and one line in `BACKENDS`. Its check is what chooses it and what explains a refusal.
 """
 
 import os
@@ -50,8 +49,6 @@ def interpreted() -> bool:
 TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope")
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
-
-
 PATCHES = "its query patches have half the window's side"
 
 

@@ -71,7 +71,7 @@ def neighborhood_patch_attention(
         shapes = ", ".join(str(tuple(x.shape)) for x in rope)
         raise KernelError(f"rope of shapes {shapes}: must be (cos, sin), each {(query.shape[1], query.shape[3])}")
     if shift is not None:
-        _check_shift(shift, len(query), (rows, cols))
+        _check_shift(shift, len(query))
     query, key, value, *texts = _autocast(query, key, value, *(text or ()))
     _check_dtypes(query, key, value, *texts)
     image, text_output = library.neighborhood_patch_attention(
@@ -283,6 +283,6 @@ def _check_text(query: Tensor, text: Triple | None) -> None:
         raise KernelError(f"text of shapes {shapes}: must be (query, key, value), each {allowed}")
 
 
-def _check_shift(shift: Tensor, batch: int, window: Grid) -> None:
+def _check_shift(shift: Tensor, batch: int) -> None:
     if shift.shape != (batch, 2) or shift.is_floating_point():
         raise KernelError(f"shift {shift.dtype} of shape {tuple(shift.shape)}: must be an integer tensor ({batch}, 2)")

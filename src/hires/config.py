@@ -124,7 +124,8 @@ class BackboneEntry(Section):
     """A model under a name of its own: the same model may stand here twice with other settings."""
 
     model: str = Field(
-        description="tiny-flux, tiny-sdxl, flux-dev, sdxl, a diffusers folder, or OWNER/NAME[@REVISION] of the hub"
+        description="tiny-flux, tiny-sdxl, flux-dev, flux-schnell, flux2-klein, flux2-klein-base, sdxl, a diffusers "
+        "folder, or OWNER/NAME[@REVISION] of the hub"
     )
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: untrained, for dry runs")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the model")
