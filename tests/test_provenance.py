@@ -104,7 +104,7 @@ def test_records_and_manifests_follow_the_schema(config):
     [
         ({"tempo": 1}, "tempo: extra inputs are not permitted: hires 0.0.9 wrote it, this is 0.1.0"),
         ({"sha256": None}, "sha256: input should be a valid string"),
-        ({"provenance": 1}, "provenance: input should be a valid dictionary or instance of origin: another version of"),
+        ({"provenance": 1}, "provenance: input should be a valid dictionary or instance of Origin: another version of"),
     ],
 )
 def test_another_kind_of_record_is_told_in_a_line(config, change, told):

@@ -4,6 +4,10 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST = 2000  # characters of a message
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment
@@ -35,6 +39,12 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> HiresError:
     near = get_close_matches(str(given)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return HiresError(f"unknown {kind} {given!r}: {hint}allowed: {', '.join(names)}")
+
+
+def first_mistake(error: "ValidationError") -> tuple[str, Any, str]:
+    """Of pydantic's first complaint: the place, as "sampling.tau", what was given there, and why it is refused."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])), first["input"], first["msg"][0].lower() + first["msg"][1:]
 
 
 def redacted(text: str) -> str:

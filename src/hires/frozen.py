@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hires.errors import HiresError
+from hires.errors import HiresError, first_mistake
 from hires.storage import read_bytes
 
 
@@ -42,9 +42,8 @@ def load_frozen(path: str | Path) -> Frozen:
     try:
         return Frozen.model_validate_json(read_bytes(Path(path)))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise HiresError(f"prompts.frozen {str(path)!r} is no frozen list: {place}: {first['msg'].lower()}") from None
+        place, _, reason = first_mistake(error)
+        raise HiresError(f"prompts.frozen {str(path)!r} is no frozen list: {place}: {reason}") from None
 
 
 def caption_digest(caption: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hires import __version__
 from hires.additions import NOTHING, Additions, Told
 from hires.config import Config
-from hires.errors import HiresError, printable
+from hires.errors import HiresError, first_mistake, printable
 from hires.settings import Sampling
 from hires.storage import replacing, sha256
 from hires.untrusted import BROKEN, FORMATS, parse_json, read_picture
@@ -157,9 +157,8 @@ def recipe(record: Mapping[str, Any], config: Config | None = None) -> Recipe:
     try:
         return Recipe.model_validate({**record, "places": places})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise HiresError(f"the record's {name} = {first['input']!r}: {first['msg'].lower()}") from None
+        name, given, reason = first_mistake(error)
+        raise HiresError(f"the record's {name} = {given!r}: {reason}") from None
 
 
 def _match(

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from hires import parquet
-from hires.errors import HiresError
+from hires.errors import HiresError, first_mistake
 from hires.storage import Damaged, read_json, read_sealed
 from hires.untrusted import member
 
@@ -125,8 +125,8 @@ class Results:
             try:
                 record = _Shard.model_validate(read_sealed(manifest))
             except ValidationError as error:
-                first = error.errors()[0]
-                raise HiresError(f"{manifest}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+                place, _, reason = first_mistake(error)
+                raise HiresError(f"{manifest}: {place}: {reason}") from None
             columns = {name: [getattr(image, name) for image in record.images] for name in ("id", "seed")}
             columns["path"] = [str(member(manifest.parent, image.file)) for image in record.images]
             parts.append(pd.DataFrame({**{name: getattr(record, name) for name in SET}, **columns}))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from hires import __version__
-from hires.errors import HiresError
+from hires.errors import HiresError, first_mistake
 
 SCHEMA = Path("docs/records.schema.json")
 
@@ -28,10 +28,9 @@ class Part(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "the record"
+            name, _, reason = first_mistake(error)
             made = f"hires {by} wrote it" if (by := writer(value)) else "another version of hires wrote it"
-            raise HiresError(f"{place}: {name}: {first['msg'].lower()}: {made}, this is {__version__}") from None
+            raise HiresError(f"{place}: {name or 'the record'}: {reason}: {made}, this is {__version__}") from None
 
 
 def writer(value: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hires.errors import HiresError, unknown
+from hires.errors import HiresError, first_mistake, unknown
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
@@ -107,9 +107,8 @@ class Sampling(BaseModel):
         try:
             return cls(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise HiresError(f"setting {name} = {first['input']!r}: {first['msg'].lower()}") from None
+            name, given, reason = first_mistake(error)
+            raise HiresError(f"setting {name} = {given!r}: {reason}") from None
 
     def stage_steps(self) -> int | None:
         """Steps of a stage that starts at τ: round(N·τ/1000) of N (paper: 20 of 50); None where N or τ is not stated.
