@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hires.attention import use_attention
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.figures.speed import against_size
 from hires.speed import flop, parts, settings, steps, summary
 from hires.speed.free import without_attention
 from hires.speed.steps import CONTENDERS
@@ -200,6 +202,15 @@ def test_promotion_takes_a_gpus_parts_and_writes_the_readme(on_gpu, tmp_path):
     write_part(on_gpu, "text", 0, [("all", "text", 1.0)], gpu=None)
     with pytest.raises(HiresError, match="without a GPU"):
         summary.promote(on_gpu, target, readme)
+
+
+@pytest.mark.parametrize("values", [[33.7, 44.8], [1.35, 6.5], [0.1, 60.0]])
+def test_an_axis_has_figures_however_short_it_is(values):
+    table = pd.DataFrame({"model": "flux-dev", "contender": ["dense", "scalediff"], "size": 4096, "value": values})
+    (place,) = against_size(table, "seconds").axes
+    low, high = place.get_ylim()
+    figures = [label.get_text() for label in place.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert len(figures) >= 3 and all(float(figure) > 0 for figure in figures)
 
 
 def test_the_readme_says_what_was_promoted():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from hires.figures.style import panels, save, style
 
@@ -57,6 +58,9 @@ def against_size(table: pd.DataFrame, axis: str) -> Figure:
             place.set(xscale="log", yscale="log", title=model, xlabel="side of the image, pixels")
             place.set_xticks(sizes, [str(size) for size in sizes])
             place.minorticks_off()
+            low, high = place.get_ylim()
+            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
+            place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes[0][0].set_ylabel(axis)
         axes[0][-1].legend()
     return figure

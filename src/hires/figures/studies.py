@@ -43,6 +43,9 @@ def verdicts(judged: pd.DataFrame) -> Figure:
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_xlim(-_FARTHEST - 0.5, _FARTHEST + 0.5)
+        places = np.arange(-_FARTHEST, _FARTHEST + 1, 2)
+        least, *between, most = (f"{x:g}".replace("-", "−") for x in places)
+        axis.set_xticks(places, [f"≤ {least}", *between, f"≥ {most}"])
         axis.set_xlabel("difference / half its 95 % interval; to the right: as the paper says")
         axis.grid(False, axis="y")
         handles = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in _VERDICTS.items()]
