@@ -167,6 +167,16 @@ def test_the_plan_counts_steps_images_and_views(tmp_path):
     assert jobs(config) == 5  # base latents, images, features, scores, features of the references
 
 
+def test_views_of_a_wide_target_have_the_shape_of_its_base(tmp_path):
+    """128x1024 grows from 32x256, and no square of 128 px, the model's own, fits into the stage between."""
+    settings = {"default": {"num_inference_steps": 14, "tau": 340}}
+    config = config_of(tmp_path, {"main": study(["multidiffusion+lfm+sg"], {"128x1024": 1}, settings=settings)})
+    base, images = plan(config)
+    assert (base.size, images.stages) == ("32x256", "64x512: 5, 128x1024: 5")
+    views = 5 * (9 + 49) * 0.012
+    assert views < images.seconds < views + 2
+
+
 def test_the_default_is_planned_for_minutes():
     config = load_config(CONFIG / "config.yaml", {"backbones": _with_tau()})
     assert sum(row.seconds for row in plan(config)) / 2 < 12 * 60

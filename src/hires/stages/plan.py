@@ -11,6 +11,7 @@ from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
+from hires.stages.models import ASSETS
 from hires.untrusted import read_hints
 from hires.variants import Variant
 
@@ -76,6 +77,7 @@ def _image_row(config: Config, images: ImageSet) -> Row:
     if variant.start == "base":
         base, *stages = stage_sizes(*target, entry.base_resolution, entry.size_multiple, variant.stages)
         steps = sampling.stage_steps() if variant.denoise else 0
+    view = base or (entry.base_resolution, entry.base_resolution)
     area = math.prod(target)
     seconds = None
     if steps is not None and entry.model in STEP:
@@ -87,16 +89,14 @@ def _image_row(config: Config, images: ImageSet) -> Row:
             if variant.views == "none":
                 step = _cost(STEP[entry.model], height * width)
             else:
-                view = entry.base_resolution
-                count = len(views((height // 8, width // 8), (view // 8, view // 8), sampling.view_overlap))
+                count = len(views((height // 8, width // 8), (view[0] // 8, view[1] // 8), sampling.view_overlap))
                 step = count * VIEW[entry.model]
             guided = guided_steps(sampling, steps or 0) if variant.dwt else 0
             seconds += (steps or 0) * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
             before = (height, width)
     flop = None
     if steps is not None and entry.model in ARCHITECTURES:
-        window = base or (entry.base_resolution, entry.base_resolution)
-        flop = steps * sum(step_flop(ARCHITECTURES[entry.model], sides, window, variant, sampling) for sides in stages)
+        flop = steps * sum(step_flop(ARCHITECTURES[entry.model], sides, view, variant, sampling) for sides in stages)
     count = images.n * len(images.seeds)
     return Row(
         images.study,
@@ -117,7 +117,7 @@ def _sampling(config: Config, study: str, setting: str, backbone: str) -> Sampli
 
 def _own(entry: BackboneEntry) -> Sampling:
     """What the model itself says: its folder's hires.json, its builder, or the papers."""
-    for folder in (Path(__file__).parent.parent / "assets" / entry.model, Path(entry.model).expanduser()):
+    for folder in (ASSETS / entry.model, Path(entry.model).expanduser()):
         if (folder / "hires.json").is_file():
             return Sampling.of(**read_hints(folder).get("sampling", {}))
     if entry.model in STEP:
