@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from test_parallel import made
 
-from hires import parallel
+from hires.execution import parallel
 
 with parallel.joined("cpu" if sys.argv[2] == "cpu" else None) as device:
     torch.save(made(device), Path(sys.argv[1]) / f"{parallel.dist.get_rank()}.pt")

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from hires import claims, tables
+from hires.analysis import claims, tables
+from hires.analysis.results import Results
+from hires.analysis.statistics import holm, p_value, t_interval
 from hires.config import load_config
 from hires.errors import HiresError
 from hires.metrics import paired
-from hires.results import Results
-from hires.statistics import holm, p_value, t_interval
 
 ROOT = Path(__file__).parents[1]
 PLACE = {"study": "s", "setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64}

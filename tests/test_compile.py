@@ -6,7 +6,7 @@ import torch
 from hires import load
 from hires.attention import use_attention
 from hires.cascade import cascade
-from hires.compilation import compile_blocks
+from hires.execution.compilation import compile_blocks
 from hires.methods.sg import structure_guidance
 from hires.settings import Sampling
 from hires.variants import VARIANTS

@@ -238,7 +238,7 @@ def test_every_key_is_described():
 
 
 def test_reading_a_configuration_imports_no_torch():
-    code = "import sys, hires.config, hires.layout, hires.prompts, hires.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, hires.config, hires.layout, hires.data.prompts, hires.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

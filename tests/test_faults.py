@@ -19,17 +19,18 @@ import torch
 from safetensors.torch import load_file
 from test_storage import start
 
-from hires import layout, parquet
+from hires import layout
 from hires.backbones.loading import revision
 from hires.cli import main
 from hires.config import load_config
-from hires.devices import locked_device
 from hires.errors import HiresError
+from hires.execution.devices import locked_device
+from hires.files import parquet
+from hires.files.storage import Damaged, claim, read_sealed, replacing, sealed, write_bytes, write_json
 from hires.metrics import Features, load_clip, load_features
 from hires.models import HINTS, build_clip, build_pipeline
 from hires.shards import read_manifest
 from hires.stages import base, features, images, metrics, models, prompts, provenance, references, scores
-from hires.storage import Damaged, claim, read_sealed, replacing, sealed, write_bytes, write_json
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -370,7 +371,7 @@ def test_two_processes_never_write_one_file(tmp_path):
     path = tmp_path / "file.bin"
     child = start(
         "import pathlib, sys\n"
-        "from hires.storage import replacing\n"
+        "from hires.files.storage import replacing\n"
         f"with replacing(pathlib.Path({str(path)!r})) as temporary:\n"
         "    temporary.write_bytes(b'first'); print('open', flush=True); sys.stdin.read()"
     )
@@ -580,7 +581,7 @@ def test_a_waiting_process_says_who_has_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with locked_device("cuda"):
         child = start(
-            "from hires.devices import locked_device\n"
+            "from hires.execution.devices import locked_device\n"
             "with locked_device('cuda', poll=0.01, patience=0.2) as device: print(device)",
             CUDA_VISIBLE_DEVICES="4",
             TMPDIR=str(tmp_path),
@@ -592,7 +593,7 @@ def test_a_waiting_process_says_who_has_the_gpu(tmp_path, monkeypatch):
 def test_a_hanging_run_is_named_and_can_be_killed(tmp_path):
     """A stopped process keeps its claim; once it is killed the next run goes on."""
     child = start(
-        f"import pathlib, sys\nfrom hires.storage import claim\nheld = claim(pathlib.Path({str(tmp_path)!r}))\n"
+        f"import pathlib, sys\nfrom hires.files.storage import claim\nheld = claim(pathlib.Path({str(tmp_path)!r}))\n"
         "print('held', flush=True); sys.stdin.read()"
     )
     assert child.stdout.readline() == "held\n"

@@ -8,9 +8,10 @@ import torch
 from matplotlib import colors
 from PIL import Image
 
-from hires import figures, tables
+from hires import figures
+from hires.analysis import tables
+from hires.analysis.results import TRUE, Results, where
 from hires.errors import HiresError
-from hires.results import TRUE, Results, where
 from hires.variants import VARIANTS
 
 

@@ -8,11 +8,11 @@ import hires
 from hires import load
 from hires.cascade import cascade
 from hires.cli import main
-from hires.compilation import compile_blocks
 from hires.errors import HiresError
-from hires.fp8 import FP8, Fp8Linear, fp8_linears, only_8_bits, quantise, quantised_layers
+from hires.execution.compilation import compile_blocks
+from hires.execution.fp8 import FP8, Fp8Linear, fp8_linears, only_8_bits, quantise, quantised_layers
+from hires.execution.step_cache import computed_steps, step_cache
 from hires.settings import PRESETS, Sampling
-from hires.step_cache import computed_steps, step_cache
 from hires.variants import VARIANTS
 
 

@@ -25,16 +25,18 @@ from PIL import Image
 from results_tree import build
 from safetensors.torch import save
 
-from hires import layout, records
+from hires import layout
+from hires.additions.lora import load_lora
+from hires.analysis.results import Results
 from hires.attention import use_attention
 from hires.backbones.loading import check_folder, load, revision
 from hires.cli import COMMANDS, main
 from hires.config import Config, Prompts, load_config
+from hires.data.prompts import draw_prompts, read_prompts
 from hires.errors import HiresError
-from hires.lora import load_lora
+from hires.files.untrusted import read_hints, read_picture
 from hires.models import ASSETS
-from hires.prompts import draw_prompts, read_prompts
-from hires.results import Results
+from hires.provenance import records
 from hires.scenes import parse
 from hires.settings import Sampling
 from hires.shards import Item
@@ -43,7 +45,6 @@ from hires.stages.images import encode
 from hires.stages.plan import describe
 from hires.training.captioned import open_source
 from hires.training.scale_dit_config import Recipe
-from hires.untrusted import read_hints, read_picture
 from hires.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from fake_hub import COMMIT, serve
 import hires
 from hires import doctor
 from hires.config import Prompts
+from hires.data.prompts import draw_prompts, read_prompts
 from hires.errors import HiresError
 from hires.models import ASSETS
-from hires.prompts import draw_prompts, read_prompts
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_thisIsNoTokenButMustNotBeShown"
@@ -183,7 +183,7 @@ DRAW = """
 import json, sys
 from hires.config import Prompts
 from hires.errors import HiresError
-from hires.prompts import draw_prompts, read_prompts
+from hires.data.prompts import draw_prompts, read_prompts
 for address in sys.argv[2:]:
     try:
         draw_prompts(Prompts(n=3), address, sys.argv[1])

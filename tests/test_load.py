@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hires import layout, parquet, provenance, shards
+from hires import layout, provenance, shards
+from hires.analysis.results import METRICS, PAIRED, Results
 from hires.config import load_config
-from hires.prompts import read_prompts
+from hires.data.prompts import read_prompts
+from hires.files import parquet
+from hires.files.storage import read_json, sealed, write_json
+from hires.provenance.schema import Provenance
 from hires.report import write
-from hires.results import METRICS, PAIRED, Results
-from hires.schema import Provenance
 from hires.stages import images, prompts
 from hires.stages import provenance as provenance_stage
-from hires.storage import read_json, sealed, write_json
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

@@ -12,6 +12,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.multimodal import CLIPScore
 
+from hires.analysis.tables import scores as scores_table
 from hires.config import Metrics
 from hires.errors import HiresError
 from hires.metrics import (
@@ -36,7 +37,6 @@ from hires.metrics.pixels import View, band_powers, crop_boxes
 from hires.metrics.scores import ROW, ceiling, frame
 from hires.models import build_clip
 from hires.scenes import WHOLE, caption, reference_image, scene, scene_ids
-from hires.tables import scores as scores_table
 
 N = 12
 

@@ -12,14 +12,14 @@ from PIL import Image, ImageFilter
 from hires import layout
 from hires.cli import main
 from hires.config import load_config
+from hires.data.prompts import read_prompts
 from hires.errors import HiresError
+from hires.files.storage import sha256, write_bytes, write_json
 from hires.metrics import Features, load_clip, load_features
 from hires.metrics.scores import PAIRED, TIDY
 from hires.models import build_clip
-from hires.prompts import read_prompts
 from hires.stages import features as features_stage
 from hires.stages import metrics, prompts, references, scores
-from hires.storage import sha256, write_bytes, write_json
 
 CONFIG = """
 name: tested

@@ -12,12 +12,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
+from hires.additions.lora import save_lora
 from hires.backbones import Backbone, load
 from hires.backbones.presets import CONFIGS
 from hires.cascade import cascade
 from hires.config import load_config
 from hires.errors import HiresError
-from hires.lora import save_lora
 from hires.models import HINTS, build_pipeline
 from hires.settings import Sampling
 from hires.stages import models

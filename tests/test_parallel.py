@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from hires import load, parallel
+from hires import load
 from hires.attention import bands
 from hires.cascade import cascade
 from hires.cli import main
 from hires.errors import HiresError
+from hires.execution import parallel
 from hires.settings import Sampling
 from hires.variants import VARIANTS
 

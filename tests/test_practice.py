@@ -19,11 +19,11 @@ from peft import LoraConfig
 from PIL import Image
 
 import hires
+from hires.additions.extras import Extras
 from hires.backbones.flux import unpack
 from hires.cascade import cascade, preview
 from hires.errors import HiresError
-from hires.extras import Extras
-from hires.offload import KINDS, offload_parts
+from hires.execution.offload import KINDS, offload_parts
 from hires.settings import Sampling
 from hires.variants import VARIANTS, Variant
 

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import hires
+from hires.additions.lora import save_lora
 from hires.backbones.loading import load
 from hires.cli import main
 from hires.cli.generate import blocks
 from hires.errors import HiresError
-from hires.lora import save_lora
+from hires.execution.offload import offload_parts
+from hires.files.storage import sha256
 from hires.models import build_pipeline
-from hires.offload import offload_parts
-from hires.storage import sha256
 
 FAST = {"num_inference_steps": 2, "tau": 500}
 PROMPT = "two red cubes"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from hires.analysis.results import Results
 from hires.cli import main
 from hires.provenance import machine
-from hires.results import Results
 
 KEYS = {"setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64, "metric": "fid"}
 

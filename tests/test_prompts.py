@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hires import shards
 from hires.cli import main
 from hires.config import Prompts, load_config
+from hires.data.prompts import draw_prompts, freeze, read_counts, read_prompts
+from hires.data.sources import parquet_files
 from hires.errors import HiresError
-from hires.prompts import draw_prompts, freeze, read_counts, read_prompts
-from hires.sources import parquet_files
 
 
 def rows(n, start=0):
@@ -262,7 +262,7 @@ def test_the_embedded_source_is_drawn_by_the_same_path(tmp_path, monkeypatch):
 MEASURE = """
 import sys
 from hires.config import Prompts
-from hires.prompts import draw_prompts
+from hires.data.prompts import draw_prompts
 draw_prompts(Prompts(n=1000), sys.argv[1], sys.argv[2])
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024)
 """

@@ -13,13 +13,13 @@ from peft import LoraConfig
 
 import hires
 from hires import layout
-from hires.adapters import adapter_digests
+from hires.additions.adapters import adapter_digests
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.files.storage import read_json, read_sealed, sha256, write_json
 from hires.models import HINTS, build_pipeline
-from hires.schema import SCHEMA, Manifest, Provenance, Record, json_schema
+from hires.provenance.schema import SCHEMA, Manifest, Provenance, Record, json_schema
 from hires.stages import VERSIONS, base, images, models, prompts, provenance
-from hires.storage import read_json, read_sealed, sha256, write_json
 
 CONFIG = """
 name: traced
@@ -125,7 +125,7 @@ def test_records_of_an_older_hires_are_read(config):
 
 
 def test_the_stored_schema_is_that_of_the_models():
-    assert (Path(__file__).parents[1] / SCHEMA).read_text() == json_schema(), "run python -m hires.schema"
+    assert (Path(__file__).parents[1] / SCHEMA).read_text() == json_schema(), "run python -m hires.provenance.schema"
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

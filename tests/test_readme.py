@@ -11,9 +11,9 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
-from hires.lora import WEIGHTS, save_lora
+from hires.additions.lora import WEIGHTS, save_lora
+from hires.files.storage import write_json
 from hires.models import build_pipeline
-from hires.storage import write_json
 
 README = Path(__file__).parents[1] / "README.md"
 HINTS = {

@@ -11,9 +11,10 @@ import pytest
 import results_tree
 from PIL import Image
 
-from hires import figures, tables
+from hires import figures
+from hires.analysis import tables
+from hires.analysis.results import TRUE, Results, where
 from hires.report import read_table, write
-from hires.results import TRUE, Results, where
 
 
 class Page(HTMLParser):

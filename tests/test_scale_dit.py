@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hires.adapters import adapter_switched
+from hires.additions.adapters import adapter_switched
 from hires.attention import Guidance, low_resolution_pass, use_attention
 from hires.attention.scale_dit import anchors, low_resolution_radius
 from hires.backbones import Backbone

@@ -25,18 +25,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from results_tree import build
 
-from hires import download, lora, prompts, report, tables
+from hires import report
+from hires.additions import lora
+from hires.analysis import tables
+from hires.analysis.results import Results
 from hires.backbones.loading import check_folder, load
 from hires.cli import main
 from hires.config import Prompts, load_config
+from hires.data import download, prompts
+from hires.data.pictures import Missing, contents
+from hires.data.prompts import Prompt, draw_prompts, read_prompts
 from hires.errors import LONGEST, HiresError, redacted
-from hires.pictures import Missing, contents
-from hires.prompts import Prompt, draw_prompts, read_prompts
-from hires.results import Results
+from hires.files.storage import write_bytes
+from hires.files.untrusted import member, read_picture, read_yaml
 from hires.stages import references
-from hires.storage import write_bytes
 from hires.training.captioned import open_source
-from hires.untrusted import member, read_picture, read_yaml
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7"
@@ -60,7 +63,7 @@ ALLOWED = {  # file, what the line holds -> why
     ("src/hires/training/scale_dit.py", "import pickle"): "the name of an error",
     ("src/hires/training/scale_dit.py", "pickle.UnpicklingError"): "the name of an error",
     ("src/hires/training/scale_dit.py", "weights_only=True"): "a run's own checkpoint, read without code",
-    ("src/hires/results.py", "Image.open(path)"): "images of this run, found by their manifests",
+    ("src/hires/analysis/results.py", "Image.open(path)"): "images of this run, found by their manifests",
     ("src/hires/backbones/loading.py", "known.from_pretrained(part)"): "tokenizers and schedulers: JSON",
     ("src/hires/backbones/loading.py", "known.from_pretrained(ASSETS"): "an embedded tokenizer",
     ("src/hires/backbones/loading.py", "config_class.from_pretrained(part)"): "a configuration: JSON",
@@ -202,7 +205,7 @@ def test_manifests_name_files_of_their_own_folder(tmp_path, name):
     manifest = next(root.glob("images/*/*/*/*/*/shard-000.json"))
     record = json.loads(manifest.read_text())
     record["images"][0]["file"] = name
-    from hires.storage import sealed
+    from hires.files.storage import sealed
 
     manifest.write_text(json.dumps(sealed({k: v for k, v in record.items() if k != "digest"})))
     with pytest.raises(HiresError):
@@ -523,7 +526,7 @@ DRAW = """
 import sys
 from hires.config import Prompts
 from hires.errors import HiresError
-from hires.prompts import draw_prompts
+from hires.data.prompts import draw_prompts
 try:
     draw_prompts(Prompts(n=1), sys.argv[1], sys.argv[2])
 except HiresError as error:

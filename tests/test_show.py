@@ -11,13 +11,13 @@ from PIL import Image, PngImagePlugin
 
 import hires
 from hires import layout
+from hires.additions.lora import save_lora
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
-from hires.lora import save_lora
+from hires.files.storage import write_json
 from hires.models import HINTS, build_pipeline
 from hires.stages import base, images, prompts
-from hires.storage import write_json
 
 CPU = ("--device", "cpu")
 FAST = ("--set=num_inference_steps=2", "--set=tau=500")

@@ -15,11 +15,11 @@ from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
 from hires.figures.speed import against_size
+from hires.files.storage import read_json, write_json
 from hires.speed import flop, parts, settings, steps, summary
 from hires.speed.free import without_attention
 from hires.speed.steps import CONTENDERS
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
-from hires.storage import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

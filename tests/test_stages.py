@@ -30,15 +30,15 @@ import hires
 from hires import layout, provenance, shards
 from hires.cli import main
 from hires.config import Config, load_config
+from hires.data.pictures import Missing
+from hires.data.pictures import contents as contents_of
+from hires.data.prompts import Prompt, read_prompts
 from hires.errors import HiresError
+from hires.files.storage import read_json, sha256, write_json
 from hires.metrics import load_clip, load_features
 from hires.models import HINTS, build_clip, build_pipeline
-from hires.pictures import Missing
-from hires.pictures import contents as contents_of
-from hires.prompts import Prompt, read_prompts
 from hires.scenes import reference_image, scene_of_url
 from hires.stages import base, images, models, notebook, prompts, references
-from hires.storage import read_json, sha256, write_json
 
 CONFIG = """
 name: tested

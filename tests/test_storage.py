@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from hires.devices import gpus, locked_device, uses_gpu
 from hires.errors import HiresError
-from hires.storage import (
+from hires.execution.devices import gpus, locked_device, uses_gpu
+from hires.files.storage import (
     claim,
     digest,
     read_json,
@@ -55,7 +55,7 @@ def test_a_killed_process_leaves_no_half_file(tmp_path):
     path = tmp_path / "file.bin"
     child = start(
         "import pathlib, sys\n"
-        "from hires.storage import replacing\n"
+        "from hires.files.storage import replacing\n"
         f"with replacing(pathlib.Path({str(path)!r})) as temporary, temporary.open('wb') as file:\n"
         "    file.write(b'x' * 100000); file.flush(); print('half', flush=True); sys.stdin.read()"
     )
@@ -73,7 +73,7 @@ def test_a_full_file_system_is_told_in_one_line(tmp_path):
     child = start(
         "import pathlib, resource\n"
         "from hires.errors import HiresError\n"
-        "from hires.storage import write_bytes\n"
+        "from hires.files.storage import write_bytes\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
         f"    write_bytes(pathlib.Path({str(path)!r}), b'x' * 2000)\n"
@@ -115,7 +115,7 @@ def test_digests(tmp_path):
 def test_a_folder_is_claimed_until_the_process_ends(tmp_path):
     child = start(
         "import pathlib, sys\n"
-        "from hires.storage import claim\n"
+        "from hires.files.storage import claim\n"
         f"held = claim(pathlib.Path({str(tmp_path)!r}))\n"
         "print('held', flush=True); sys.stdin.read()"
     )
@@ -137,7 +137,7 @@ def two_gpus(monkeypatch, tmp_path):
 
 HOLD = (
     "import os, sys\n"
-    "from hires.devices import locked_device\n"
+    "from hires.execution.devices import locked_device\n"
     "with locked_device('auto', poll=0.01) as device:\n"
     "    os.write(1, f'{device} {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n'.encode()); sys.stdin.read()"
 )

@@ -15,12 +15,12 @@ from hires.cascade import _check_stages
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.files.storage import read_json
 from hires.provenance import config_data
 from hires.sizes import stage_sizes
 from hires.stages import collect, metrics, run
 from hires.stages.crops import SIDE, strip
 from hires.stages.plan import plan
-from hires.storage import read_json
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "config/studies.yaml", *sorted((ROOT / "config/studies").glob("*.yaml"))]

@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
-from hires.adapters import adapter_switched
+from hires.additions.adapters import adapter_switched
+from hires.additions.lora import WEIGHTS, load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
 from hires.backbones import load
 from hires.backbones.flux import pack
 from hires.backbones.loading import revision
 from hires.cli import main
 from hires.errors import HiresError
-from hires.lora import WEIGHTS, load_lora, save_lora
 from hires.models import ASSETS
 from hires.training.captioned import open_source
 from hires.training.data import draw_views

@@ -8,15 +8,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hires import layout, parquet
+from hires import layout
+from hires.analysis.results import METRICS, PAIRED, Results
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.files import parquet
+from hires.files.storage import read_json, sealed, sha256, write_json
 from hires.models import HINTS, build_pipeline
 from hires.provenance import other_versions, read_stored, store_config
-from hires.results import METRICS, PAIRED, Results
 from hires.stages import VERSIONS, base, images, prompts, provenance, references
-from hires.storage import read_json, sealed, sha256, write_json
 
 CONFIG = """
 name: upgraded

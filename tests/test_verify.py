@@ -12,8 +12,8 @@ from PIL import Image, PngImagePlugin
 from hires import layout
 from hires.cli import main
 from hires.config import load_config
+from hires.files.storage import read_json, write_json
 from hires.models import HINTS, build_pipeline
-from hires.storage import read_json, write_json
 
 CONFIG = """
 name: small

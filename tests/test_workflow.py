@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hires.config import load_config
+from hires.files.storage import claim, read_json, write_json
 from hires.models import HINTS, build_pipeline
-from hires.storage import claim, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,7 +256,7 @@ rule job:
 """
 HOLD = """
 import os, time
-from hires.devices import locked_device
+from hires.execution.devices import locked_device
 with locked_device() as device:
     began = time.monotonic()
     time.sleep(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hires.backbones import Backbone, load
     from hires.generation import generate
-    from hires.records import save
+    from hires.provenance.records import save
 
 __version__ = "0.1.0"
 __all__ = ["Backbone", "__version__", "generate", "load", "save"]
@@ -24,7 +24,7 @@ _HOME = {
     "Backbone": "hires.backbones",
     "load": "hires.backbones",
     "generate": "hires.generation",
-    "save": "hires.records",
+    "save": "hires.provenance.records",
 }
 
 

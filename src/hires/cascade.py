@@ -19,22 +19,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from hires.adapters import SCALE_DIT, adapter_switched
+from hires.additions.adapters import SCALE_DIT, adapter_switched
+from hires.additions.extras import NO_EXTRAS, Control, Extras
 from hires.attention import Guidance, attention_layers, draw_shifts, use_attention
 from hires.attention.bands import divided
 from hires.attention.layers import scaled
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.extras import NO_EXTRAS, Control, Extras
-from hires.fp8 import fp8_linears
+from hires.execution.fp8 import fp8_linears
+from hires.execution.step_cache import step_cache
 from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
 from hires.methods.lfm import latent_frequency_mixing
 from hires.methods.multidiffusion import multidiffusion
 from hires.settings import Sampling
 from hires.sizes import Size, check_multiple, stage_sizes
-from hires.step_cache import step_cache
 from hires.variants import Variant
 
 Callback = Callable[[str, int, int, Tensor], None]  # (stage name, steps done, steps of the stage, noisy latents)

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from hires.errors import HiresError, redacted, unknown
+from hires.files.untrusted import read_yaml
 from hires.settings import Sampling
 from hires.sizes import check_multiple, parse_size, stage_sizes
-from hires.untrusted import read_yaml
 from hires.variants import VARIANTS, Variant
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # one expression for schema, file names and Snakemake wildcards

@@ -342,8 +342,8 @@ def _fits(name: str, parameters: float, without_gpu: Literal["note", "wrong"]) -
 def _configuration(path: Path) -> list[Check]:
     """What a configuration needs beside the machine: prompts, models, adapters, the networks of its scores."""
     from hires.config import load_config
+    from hires.data.sources import is_address, parquet_files
     from hires.metrics.networks import clip_files
-    from hires.sources import is_address, parquet_files
 
     config = load_config(path)
     gpu: Literal["note", "wrong"] = "wrong" if config.compute.device.startswith("cuda") else "note"

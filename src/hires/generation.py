@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import hires
-from hires.adapters import adapter_digests
+from hires.additions.adapters import adapter_digests
+from hires.additions.extras import NO_EXTRAS, Extras, fitted, told
 from hires.backbones.base import Backbone
 from hires.cascade import Callback, Stage, cascade, decode, to_pixels
 from hires.cascade import preview as small
 from hires.errors import HiresError
-from hires.extras import NO_EXTRAS, Extras, fitted, told
-from hires.oom import ADVICE, attempt
+from hires.execution.oom import ADVICE, attempt
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.variants import Variant
@@ -60,7 +60,7 @@ def generate(
         strength: in (0, 1]; how much of your image the first stage redraws. Default: τ/1000.
         crop: cut your own and control images around their centre to the target's aspect ratio.
         control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode,
-        ip_adapter_image, ip_adapter_image_embeds: see `hires.extras.Extras`; they act at every stage.
+        ip_adapter_image, ip_adapter_image_embeds: see `hires.additions.extras.Extras`; they act at every stage.
         callback: (stage name, steps done, steps of the stage, noisy latents), after every step.
         preview: (stage name, small images), after every stage but the last; see `hires.cascade.preview`.
         preset: a name of `hires.settings.PRESETS`: "fast" (8-bit linear layers, cheaper text rows, extrapolated steps).

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hires.config import Name, Names, Section, Size, load_section
-from hires.devices import without_fragments
 from hires.errors import HiresError, unknown
+from hires.execution.devices import without_fragments
+from hires.files.storage import digest, read_json, replacing, write_json
 from hires.sizes import parse_size, stage_sizes
-from hires.storage import digest, read_json, replacing, write_json
 from hires.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def measure(loads: dict[str, Load], wanted: list[Row], steps: int, folder: Path)
 
 
 def _work(load: Load, missing: list[Row], steps: int, folder: Path) -> None:
-    from hires.devices import locked_device
+    from hires.execution.devices import locked_device
 
     with locked_device() as device:
         start = time.perf_counter()
@@ -163,7 +163,7 @@ def prepared(load: Load, device: str, adapter: bool) -> "Backbone":
     import torch
 
     from hires.backbones import load as load_model
-    from hires.offload import offload_parts
+    from hires.execution.offload import offload_parts
 
     backbone = load_model(load.model, device, load.dtype, weights="random")
     if adapter:
@@ -184,7 +184,7 @@ def prepared(load: Load, device: str, adapter: bool) -> "Backbone":
 def _add_adapter(backbone: "Backbone") -> None:
     from peft import LoraConfig
 
-    from hires.adapters import SCALE_DIT, switch_adapter
+    from hires.additions.adapters import SCALE_DIT, switch_adapter
     from hires.training.scale_dit_config import Lora
 
     shape = Lora()

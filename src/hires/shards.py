@@ -18,12 +18,9 @@ from typing import Any
 
 from hires import __version__, layout
 from hires.config import Config
+from hires.data.prompts import Prompt, read_prompts
 from hires.errors import HiresError
-from hires.prompts import Prompt, read_prompts
-from hires.provenance import distinct
-from hires.schema import writer
-from hires.stages import VERSIONS
-from hires.storage import (
+from hires.files.storage import (
     Damaged,
     digest,
     read_sealed,
@@ -34,6 +31,9 @@ from hires.storage import (
     write_changed_json,
     write_json,
 )
+from hires.provenance import distinct
+from hires.provenance.schema import writer
+from hires.stages import VERSIONS
 
 
 class Newer(HiresError):

@@ -21,7 +21,7 @@ from hires.attention.layers import Grid
 from hires.attention.npa import FluxNpaProcessor, NpaLayer
 from hires.attention.scale_dit import anchors
 from hires.errors import HiresError
-from hires.parallel import active
+from hires.execution.parallel import active
 from hires.settings import Sampling
 from hires.variants import Variant
 

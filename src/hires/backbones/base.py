@@ -12,14 +12,14 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 from torch import Generator, Tensor, nn
 
-from hires.adapters import switch_adapter
+from hires.additions.adapters import switch_adapter
+from hires.additions.extras import NO_EXTRAS, Control, Extras, controlnets
 from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError, unknown
-from hires.extras import NO_EXTRAS, Control, Extras, controlnets
-from hires.parallel import shared_tiles
+from hires.execution.parallel import shared_tiles
+from hires.files.untrusted import read_hints
 from hires.settings import PRESETS, Gamma, Sampling
-from hires.untrusted import read_hints
 
 Conditioning = dict[str, Tensor]  # every tensor has the batch first
 
@@ -246,7 +246,7 @@ class Backbone(ABC):
                 f"the variant needs the adapter {name!r}{missing}: load it with "
                 f"pipe.load_lora_weights(path, adapter_name={name!r}), or train one with hires train scale-dit"
             )
-        from hires.lora import load_lora  # peft: slow to import
+        from hires.additions.lora import load_lora  # peft: slow to import
 
         load_lora(self.pipe, place, name)
         switch_adapter(self.model, name, on=False)

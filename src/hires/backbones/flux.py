@@ -15,11 +15,11 @@ from diffusers import (
 )
 from torch import Generator, Tensor
 
+from hires.additions.extras import Control, Extras
 from hires.attention import Guidance, low_resolution_pass
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.extras import Control, Extras
 from hires.settings import Sampling
 
 

@@ -9,10 +9,10 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Generator, Tensor
 
+from hires.additions.extras import Control
 from hires.backbones.base import Conditioning, draw
 from hires.backbones.flux import PackedTransformer, flow_schedule, image_ids, pack, unpack
 from hires.backbones.schedule import Schedule
-from hires.extras import Control
 from hires.settings import SCALE_DIT, Sampling
 
 

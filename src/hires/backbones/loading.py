@@ -17,11 +17,11 @@ from diffusers import DiffusionPipeline
 from hires.backbones.base import Backbone
 from hires.backbones.presets import CONFIGS, PRESETS
 from hires.errors import HiresError, unknown
+from hires.execution.offload import check_offload, offload_parts
+from hires.execution.oom import exhausted
+from hires.files.untrusted import member, parse_json, read_hints, read_table
 from hires.hub import download_pipeline
 from hires.models import ASSETS, HINTS, build_pipeline
-from hires.offload import check_offload, offload_parts
-from hires.oom import exhausted
-from hires.untrusted import member, parse_json, read_hints, read_table
 
 HEADER = 100_000_000  # bytes, as the format allows
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,7 +44,7 @@ def load(
         dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA float16 for SDXL and bfloat16
             for the others, float32 elsewhere and for the tiny models.
         weights: "random" draws weights for the same architecture, from a fixed seed: enough to measure time and memory.
-        offload: a kind of `hires.offload`, by which parts wait in main memory until they run on the device.
+        offload: a kind of `hires.execution.offload`, by which parts wait in main memory until they run on the device.
         prepare: what to add to the model before it goes to the device, for example `hires.additions.Additions.add`.
 
     Raises:

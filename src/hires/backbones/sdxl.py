@@ -13,10 +13,10 @@ from diffusers import (
 )
 from torch import Generator, Tensor
 
+from hires.additions.extras import Control, Extras
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.extras import Control, Extras
 from hires.settings import SCALE_DIT, Sampling
 
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hires {argv[0]}: interrupted; finished work is kept", file=sys.stderr)
         return 130
     except Exception as error:
-        from hires.oom import ADVICE, described, exhausted
+        from hires.execution.oom import ADVICE, described, exhausted
 
         if exhausted(error):
             print(f"hires {argv[0]}: {described(error)}; {ADVICE}", file=sys.stderr)

@@ -11,9 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hires.config import load_config
+    from hires.files.storage import claim
     from hires.provenance import store_config
     from hires.stages import collect, metrics, provenance
-    from hires.storage import claim
 
     config = load_config(args.config)
     with claim(config.root):

@@ -77,11 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from hires.additions import Additions, parse_lora
-    from hires.devices import without_fragments
+    from hires.execution.devices import without_fragments
+    from hires.files.storage import sha256
+    from hires.files.untrusted import read_picture
     from hires.settings import PRESETS, Sampling
     from hires.sizes import parse_size
-    from hires.storage import sha256
-    from hires.untrusted import read_picture
 
     height, width = parse_size(args.size)
     chosen = variant(args.variant)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int | None:
     )
     additions.check()
     without_fragments()
-    from hires import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
+    from hires.execution import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
 
     if args.gpus < 1:
         raise HiresError(f"--gpus {args.gpus}: must be at least 1")
@@ -129,10 +129,10 @@ def run(args: argparse.Namespace) -> int | None:
     from hires.backbones import Backbone, load
     from hires.cascade import Stage, decode
     from hires.cascade import preview as small
-    from hires.fp8 import only_8_bits
+    from hires.execution.fp8 import only_8_bits
     from hires.generation import record
     from hires.generation import run as stages
-    from hires.records import save as write_png
+    from hires.provenance.records import save as write_png
 
     def sampled(backbone: Backbone) -> Sampling:
         return Sampling.of(**{**backbone.preset(args.preset), **given})
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int | None:
         if sampled(backbone).linears == "fp8":
             only_8_bits(backbone.model)
         if args.compile:
-            from hires.compilation import compile_blocks
+            from hires.execution.compilation import compile_blocks
 
             for model in (backbone.model, *backbone.controlnets):
                 compile_blocks(model)

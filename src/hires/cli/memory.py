@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hires import memory
-    from hires.devices import gpus
+    from hires.execution.devices import gpus
 
     settings, gpu = memory.load_memory(args.config), bool(gpus())
     loads = settings.loads if gpu or args.plan else settings.without_gpu

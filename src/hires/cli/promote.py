@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from hires.errors import HiresError, unknown
-from hires.storage import replacing
+from hires.files.storage import replacing
 
 ADAPTER_BYTES = 2 * 2**20
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.what == "memory":
         from hires import memory
-        from hires.reference import seal
+        from hires.analysis.reference import seal
 
         print(memory.promote(args.source or memory.ROOT))
         seal()
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
 def _promote_adapter(source: Path, model: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    from hires.additions.lora import WEIGHTS, metadata
     from hires.backbones.loading import revision
-    from hires.lora import WEIGHTS, metadata
 
     trained_on = json.loads((source / "training.json").read_text()).get("revision")
     if trained_on != revision(model):
@@ -97,7 +97,7 @@ def _promote_adapter(source: Path, model: Path) -> None:
 
 
 def _promote_results(source: Path) -> None:
-    from hires.reference import REFERENCE, promote
+    from hires.analysis.reference import REFERENCE, promote
 
     studies = promote(source)
     size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
@@ -105,7 +105,7 @@ def _promote_results(source: Path) -> None:
 
 
 def _promote_speed(source: Path) -> None:
-    from hires.reference import REFERENCE, seal
+    from hires.analysis.reference import REFERENCE, seal
     from hires.speed.summary import promote
 
     promote(source, REFERENCE / "speed", Path("README.md"))

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hires.config import load_config
-    from hires.prompts import LONG, freeze, read_counts
+    from hires.data.prompts import LONG, freeze, read_counts
     from hires.stages import prompts
 
     path = prompts.run(load_config(args.config))

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hires.records import describe, read
+    from hires.provenance.records import describe, read
 
     record = read(args.file)
     if args.again:
@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
 def again(args: argparse.Namespace, record: dict) -> int:
     """Make the image of `record` once more; 0 where its pixels are those of the file, else 1."""
-    from hires import records
     from hires.additions import Additions, Told
     from hires.cli.generate import ProgressBar
     from hires.config import load_config
-    from hires.provenance import read_stored
+    from hires.files.storage import write_bytes
+    from hires.files.untrusted import read_picture
+    from hires.provenance import read_stored, records
     from hires.stages.images import encode
-    from hires.storage import write_bytes
-    from hires.untrusted import read_picture
 
     if args.again.suffix.lower() != ".png":
         raise HiresError(f"--again {args.again}: give a name that ends with .png")

@@ -66,9 +66,9 @@ def _kernels(args: argparse.Namespace) -> None:
     if args.what != "kernels":
         return {"orders": _orders, "tune": _tune}[args.what](args)
 
+    from hires.files.storage import write_text
     from hires.speed import kernels
     from hires.speed.settings import root
-    from hires.storage import write_text
 
     device, shapes, names = kernels.check(args.device, _items(args.shapes), _items(args.backends))
     out = args.out or root(device.type == "cuda") / "kernels.csv"
@@ -82,8 +82,8 @@ def _kernels(args: argparse.Namespace) -> None:
 
 
 def _models(args: argparse.Namespace) -> None:
-    from hires import parallel
-    from hires.devices import locked_device, uses_gpu
+    from hires.execution import parallel
+    from hires.execution.devices import locked_device, uses_gpu
     from hires.speed.settings import ROOT, choose, load_speed, parts, root
 
     speed = load_speed(args.config)
@@ -114,10 +114,10 @@ def _accuracy(args: argparse.Namespace) -> None:
     if args.images < 2:
         raise HiresError(f"--images {args.images}: must be at least 2")
 
-    from hires.devices import locked_device
+    from hires.execution.devices import locked_device
+    from hires.files.storage import write_text
     from hires.speed import accuracy, summary
     from hires.speed.settings import ROOT, load_speed, root
-    from hires.storage import write_text
 
     speed, found = load_speed(args.config), []
     with locked_device(args.device or "auto") as device:
@@ -140,8 +140,8 @@ def _together(
     args: argparse.Namespace, speed: Any, models: dict[str, Any], chosen: list[Any], gpu: bool, folder: Path
 ) -> None:
     """Parts that take two processes, on a GPU each."""
-    from hires import parallel
-    from hires.devices import gpus
+    from hires.execution import parallel
+    from hires.execution.devices import gpus
     from hires.speed import parts as measuring
 
     for part in chosen:

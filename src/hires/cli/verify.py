@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hires import records
-    from hires.verify import Difference, again, verify
+    from hires.provenance import records
+    from hires.provenance.verify import Difference, again, verify
 
     if args.again < 0:
         raise HiresError(f"--again {args.again}: give a number of images, 0 or more")

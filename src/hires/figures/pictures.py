@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from hires.analysis.results import TRUE, Results, read_image, where
 from hires.figures.style import PAGE_WIDTH, label, style
-from hires.results import TRUE, Results, read_image, where
 
 MOST = 1000  # images of one spectrum
 _BOX = "#e8222f"

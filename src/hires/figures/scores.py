@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hires import tables
+from hires.analysis import tables
+from hires.analysis.results import TRUE, size_name, where
 from hires.figures.style import colour, label, marker, panels, style
-from hires.results import TRUE, size_name, where
 
 _COLUMNS = 4
 

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from hires import tables
-from hires.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED
+from hires.analysis import tables
+from hires.analysis.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED
+from hires.analysis.results import size_name
 from hires.figures.style import panels, style
-from hires.results import size_name
 
 _VERDICTS = {REPRODUCED: ("#117733", "o"), NOT_REPRODUCED: ("#cc6677", "X"), UNDECIDED: ("#8a8a8a", "s")}
 _FARTHEST = 8.0

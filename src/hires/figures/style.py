@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from hires.results import TRUE
+from hires.analysis.results import TRUE
 
 PAGE_WIDTH = 7.2  # inches
 

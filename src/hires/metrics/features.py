@@ -14,10 +14,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hires.errors import HiresError
+from hires.files.storage import Damaged, read_bytes, write_bytes
 from hires.metrics.networks import Clip, FeatureNetwork
 from hires.metrics.pixels import Pixels, Reader, Source
 from hires.scenes import COLOURS, Camera, in_view, scene
-from hires.storage import Damaged, read_bytes, write_bytes
 
 VERSION = 2
 CHUNK = 8  # images that one thread reads and embeds at a time

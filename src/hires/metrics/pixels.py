@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from hires.errors import HiresError
+from hires.files.storage import Damaged
+from hires.files.untrusted import read_picture
 from hires.scenes import COLOURS, parse
-from hires.storage import Damaged
-from hires.untrusted import read_picture
 
 BANDS = {"low": (1 / 8, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 1.0)}  # fractions of the Nyquist frequency
 LOW = 16  # parts a side of an image's low band

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hires.analysis.results import BETWEEN, named
+from hires.analysis.statistics import holm, p_value
 from hires.config import Metrics
 from hires.metrics import distances
 from hires.metrics.bootstrap import centred, draw_prompts, interval
@@ -18,8 +20,6 @@ from hires.metrics.networks import QUALITY
 from hires.metrics.pixels import BANDS, LOW
 from hires.metrics.protocol import Protocol, Samples, samples_of, split_name
 from hires.metrics.seams import Borders, seams
-from hires.results import BETWEEN, named
-from hires.statistics import holm, p_value
 
 FID_REPLICATES = 200  # at most: each takes singular values
 ROW = ["metric", "value", "low", "high", "n", "flag", "protocol"]

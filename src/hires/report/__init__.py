@@ -13,9 +13,9 @@ import yaml
 from jinja2 import Environment
 from PIL import Image
 
-from hires import tables
+from hires.analysis import tables
+from hires.analysis.results import TRUE, Results, read_image, size_name, where
 from hires.figures import label
-from hires.results import TRUE, Results, read_image, size_name, where
 
 _TABLES = {
     "components": "Components: NPA alone, with LFM, with SG, with both (ScaleDiff)",

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hires.errors import HiresError
+from hires.files.storage import replacing
 from hires.scenes.captions import caption
 from hires.scenes.world import WHOLE, Camera, close_up, scene, stream_of
-from hires.storage import replacing
 
 SCHEMA = pa.schema(
     [

@@ -11,7 +11,7 @@ from hires.attention import use_attention
 from hires.backbones import load
 from hires.backbones.base import Backbone
 from hires.cascade import base_latents, cascade, to_pixels
-from hires.fp8 import fp8_linears
+from hires.execution.fp8 import fp8_linears
 from hires.metrics.distances import kid
 from hires.metrics.networks import load_features
 from hires.metrics.pixels import crop_boxes

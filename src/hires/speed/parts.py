@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from hires import parallel, provenance
+from hires import provenance
 from hires.backbones import load
 from hires.backbones.base import Backbone
 from hires.cascade import cascade, decode
-from hires.compilation import compile_blocks, fastest_attention
+from hires.execution import parallel
+from hires.execution.compilation import compile_blocks, fastest_attention
+from hires.files.storage import digest, read_json, write_json
 from hires.settings import Sampling
 from hires.speed import flop, steps
 from hires.speed.settings import Model, Part, Speed, cascade_steps
@@ -26,7 +28,6 @@ from hires.speed.steps import CONTENDERS, PROMPT, Contender, Row
 from hires.speed.timing import failure
 from hires.stages import VERSIONS
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
-from hires.storage import digest, read_json, write_json
 from hires.variants import VARIANTS, Variant
 
 RATES = {"flux-dev": 500e12, "sdxl": 250e12}  # FLOP/s of one H200, for what a part takes

@@ -13,7 +13,7 @@ from torch import Tensor
 from hires.attention import use_attention
 from hires.backbones.base import Backbone
 from hires.cascade import cascade
-from hires.compilation import fastest_attention
+from hires.execution.compilation import fastest_attention
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.speed.free import without_attention

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 
 from hires.errors import HiresError
+from hires.execution.step_cache import computed_steps
+from hires.files.storage import read_json, write_text
 from hires.settings import PRESETS
 from hires.speed.settings import cascade_steps
-from hires.step_cache import computed_steps
-from hires.storage import read_json, write_text
 
 Row = dict[str, Any]
 SCALE_DIT = (28, 18)  # its paper: of the low-resolution image, and dense at full size; of the high-resolution stage

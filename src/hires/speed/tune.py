@@ -11,11 +11,11 @@ from hires_kernels import launches
 from torch import Tensor
 
 from hires.errors import HiresError, unknown
+from hires.files.storage import write_text
 from hires.speed import contenders
 from hires.speed.inputs import Inputs, rows, sample, turns
 from hires.speed.shapes import SHAPES, Shape
 from hires.speed.timing import failure, milliseconds
-from hires.storage import write_text
 
 Row = dict[str, Any]
 Program = Callable[[Inputs], list[Tensor]]

@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from hires import layout, provenance, shards
 from hires.config import Config
-from hires.devices import locked_device
+from hires.execution.devices import locked_device
+from hires.execution.oom import Thrift
 from hires.layout import BaseSet
-from hires.oom import Thrift
 from hires.shards import Batch, Item
 from hires.stages import VERSIONS, models
 

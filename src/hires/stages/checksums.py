@@ -6,8 +6,8 @@ from pathlib import Path
 from hires import layout, provenance
 from hires.config import Config
 from hires.errors import HiresError
+from hires.files.storage import sha256, write_changed
 from hires.stages import collect
-from hires.storage import sha256, write_changed
 
 
 def run(config: Config) -> None:

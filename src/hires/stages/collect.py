@@ -8,8 +8,8 @@ from typing import Any
 from hires import layout
 from hires.config import Config, ImageSet
 from hires.errors import HiresError
+from hires.files.storage import read_json, replacing, write_json
 from hires.provenance import config_digest
-from hires.storage import read_json, replacing, write_json
 
 
 def run(config: Config, sources: Sequence[Path]) -> list[str]:

@@ -7,8 +7,8 @@ from PIL import Image
 
 from hires import layout, shards
 from hires.config import Config, ImageSet
-from hires.storage import replacing
-from hires.untrusted import read_picture
+from hires.files.storage import replacing
+from hires.files.untrusted import read_picture
 
 SIDE = 128  # pixels, of a crop and of the reduced image beside it
 PROMPTS = 2

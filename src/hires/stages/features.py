@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from hires import layout, shards
 from hires.config import Config
+from hires.data.prompts import Prompt
 from hires.errors import HiresError
-from hires.prompts import Prompt
+from hires.files.storage import digest, remade, sha256
+from hires.files.untrusted import member
 from hires.shards import read_manifest
 from hires.stages import VERSIONS, models
 from hires.stages.images import image_sets
-from hires.storage import digest, remade, sha256
-from hires.untrusted import member
 
 if TYPE_CHECKING:
     from hires.scenes import Camera

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from hires import layout, provenance, shards
 from hires.config import Config, ImageSet
-from hires.devices import locked_device
 from hires.errors import unknown
-from hires.oom import Thrift
+from hires.execution.devices import locked_device
+from hires.execution.oom import Thrift
+from hires.files.storage import remade
 from hires.settings import Sampling
 from hires.shards import Batch, Item
 from hires.stages import VERSIONS, base, models
-from hires.storage import remade
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,7 +121,7 @@ class _Maker:
     """Makes batches of one shard of an image set."""
 
     def __init__(self, config: Config, images: ImageSet, shard: int, device: str, pool: ThreadPoolExecutor):
-        from hires.adapters import adapter_digests
+        from hires.additions.adapters import adapter_digests
 
         self.config, self.images, self.pool = config, images, pool
         self.variant = config.variants()[images.variant]

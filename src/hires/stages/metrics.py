@@ -2,11 +2,12 @@
 
 import sys
 
-from hires import layout, parquet, shards
+from hires import layout, shards
 from hires.config import Config, ImageSet
 from hires.errors import HiresError
+from hires.files import parquet
+from hires.files.storage import remade
 from hires.stages.scores import borders
-from hires.storage import remade
 
 REFERENCE = "reference"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hires.config import BackboneEntry, Config
 from hires.errors import HiresError
-from hires.oom import attempt
-from hires.storage import digest, sha256
+from hires.execution.oom import attempt
+from hires.files.storage import digest, sha256
 
 if TYPE_CHECKING:
     from hires.backbones import Backbone
@@ -48,7 +48,7 @@ def _load(
     compiled: bool,
 ) -> "Backbone":
     from hires.backbones import load
-    from hires.compilation import compile_blocks
+    from hires.execution.compilation import compile_blocks
 
     quiet("diffusers", "transformers")
     kind = "model" if offload and device.startswith("cuda") else None

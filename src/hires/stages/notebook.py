@@ -14,8 +14,8 @@ import yaml
 from hires import layout, shards
 from hires.config import Config
 from hires.errors import HiresError, unknown
+from hires.files.storage import read_json, replacing
 from hires.stages import metrics
-from hires.storage import read_json, replacing
 
 NOTEBOOKS = Path("notebooks")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from hires import layout
 from hires.config import BackboneEntry, Config, ImageSet
+from hires.files.untrusted import read_hints
 from hires.methods.diffusehigh import guided_steps
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
 from hires.stages.models import ASSETS
-from hires.untrusted import read_hints
 from hires.variants import Variant
 
 # Seconds on one CPU core, float32, one image: area in pixels -> seconds. A step of tiny-sdxl is two model calls (CFG);

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hires import layout
 from hires.config import Config
-from hires.prompts import draw_prompts
+from hires.data.prompts import draw_prompts
 
 
 def run(config: Config) -> Path:

@@ -5,14 +5,14 @@ from typing import Any
 
 from hires import layout, provenance
 from hires.config import Config
-from hires.schema import Manifest, Provenance
+from hires.files.storage import digest, write_json
+from hires.provenance.schema import Manifest, Provenance
 from hires.shards import drawn, read_manifest
 from hires.stages import VERSIONS, collect, models
-from hires.storage import digest, write_json
 
 
 def run(config: Config, partial: bool = False) -> None:
-    """Write `layout.provenance` (`hires.schema.Provenance`): this process's own record, and what the shards say.
+    """Write `layout.provenance` (`provenance.schema.Provenance`): this process's own record, and what the shards say.
 
     Image sets that were collected count as well. `partial`: what isn't there yet is left aside.
     """

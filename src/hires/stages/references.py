@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from hires import layout, provenance, shards
 from hires.config import Config
+from hires.data.pictures import Contents, Missing, contents
+from hires.data.prompts import Prompt
 from hires.errors import HiresError, redacted, unknown
-from hires.pictures import Contents, Missing, contents
-from hires.prompts import Prompt
+from hires.files.storage import digest
+from hires.files.untrusted import read_picture
 from hires.shards import Item
 from hires.stages import VERSIONS
 from hires.stages.images import encode
-from hires.storage import digest
-from hires.untrusted import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image

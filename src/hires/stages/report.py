@@ -2,8 +2,8 @@
 
 from hires import layout, shards
 from hires.config import Config
+from hires.files.storage import read_json, remade, replacing
 from hires.stages import metrics
-from hires.storage import read_json, remade, replacing
 
 
 def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40) -> None:
@@ -13,8 +13,8 @@ def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40)
         lossless_prompts: how many prompts of the gallery are stored without loss.
         max_megabytes: size that the gallery may reach.
     """
+    from hires.analysis.results import Results
     from hires.report import write
-    from hires.results import Results
 
     target = layout.report(config)
     metrics.check(config)

@@ -16,8 +16,9 @@ from typing import Any
 
 from hires import layout
 from hires.config import Config, ImageSet
-from hires.devices import locked_device
 from hires.errors import unknown
+from hires.execution.devices import locked_device
+from hires.files.storage import claim, not_ahead
 from hires.provenance import other_versions, store_config
 from hires.stages import (
     VERSIONS,
@@ -35,7 +36,6 @@ from hires.stages import (
     report,
     scores,
 )
-from hires.storage import claim, not_ahead
 
 HELPERS = 2  # processes that render references and score, while this one keeps the GPU busy
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hires import layout, parquet, shards
+from hires import layout, shards
 from hires.config import Config, ImageSet
+from hires.files import parquet
+from hires.files.storage import remade
 from hires.sizes import stage_sizes
 from hires.stages.features import read_manifests
 from hires.stages.images import image_sets
-from hires.storage import remade
 
 if TYPE_CHECKING:
     from hires.metrics import Borders, Features

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from hires.errors import HiresError
+from hires.files.untrusted import picture_size, read_picture
 from hires.training.data import Views, draw_views, normalised
-from hires.untrusted import picture_size, read_picture
 
 LONGEST = 1 << 16  # bytes of a caption
 LARGEST = 1 << 28  # bytes of a member of a shard

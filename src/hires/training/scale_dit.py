@@ -27,19 +27,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from hires.adapters import SCALE_DIT as ADAPTER
-from hires.adapters import adapter_switched
+from hires.additions.adapters import SCALE_DIT as ADAPTER
+from hires.additions.adapters import adapter_switched
+from hires.additions.lora import load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
 from hires.backbones import load
 from hires.backbones.base import Backbone
 from hires.backbones.flux import image_ids, pack, unpack
 from hires.errors import HiresError, unknown
+from hires.files.storage import replacing, write_json
 from hires.generation import generate
-from hires.lora import load_lora, save_lora
 from hires.methods.frequency import resize
 from hires.settings import Sampling
 from hires.sizes import Size
-from hires.storage import replacing, write_json
 from hires.training.captioned import Pictures, Source, open_source, seed_of
 from hires.training.evaluate import contact_sheet
 from hires.training.loop import EAGER_STEPS, EMA, captured, side_stream

@@ -14,8 +14,8 @@ import yaml
 from hires import __version__, layout
 from hires.config import Config, load_config
 from hires.errors import HiresError
+from hires.files.storage import digest, read_json, write_changed
 from hires.stages import VERSIONS
-from hires.storage import digest, read_json, write_changed
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "torchmetrics", "triton", "numpy", "pillow")
 

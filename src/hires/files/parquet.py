@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hires.errors import HiresError
-from hires.storage import Damaged, digest, read_bytes, write_bytes
+from hires.files.storage import Damaged, digest, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

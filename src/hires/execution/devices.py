@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hires.errors import HiresError
-from hires.storage import holder
+from hires.files.storage import holder
 
 
 def gpus() -> list[str]:

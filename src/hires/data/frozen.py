@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hires.errors import HiresError, first_mistake
-from hires.storage import read_bytes
+from hires.files.storage import read_bytes
 
 
 class Row(BaseModel):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hires.download import LARGEST, fetch
+from hires.data.download import LARGEST, fetch
+from hires.data.prompts import Prompt
 from hires.errors import HiresError
-from hires.prompts import Prompt
 
 COLUMNS = ["id", "key", "status", "error_message"]
 NO_PICTURES = (".json", ".txt")  # what img2dataset writes beside a picture
@@ -33,7 +33,7 @@ Contents = Callable[[Prompt], bytes]  # of the picture's file; raises Missing
 def contents(folder: str | None, private: bool = False) -> Contents:
     """What gives the content of a prompt's picture: img2dataset's `folder`, or the web where it is None.
 
-    `private`: as of `hires.download.fetch`. HiresError where the folder is none of img2dataset's.
+    `private`: as of `hires.data.download.fetch`. HiresError where the folder is none of img2dataset's.
     """
     return partial(_from_web, private=private) if folder is None else _archive(Path(folder))
 

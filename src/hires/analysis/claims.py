@@ -14,10 +14,10 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hires import tables
+from hires.analysis import tables
+from hires.analysis.results import BETWEEN, Results, named, repository_root, size_name, where
+from hires.analysis.statistics import LEVEL, holm, t_interval
 from hires.errors import HiresError
-from hires.results import BETWEEN, Results, named, repository_root, size_name, where
-from hires.statistics import LEVEL, holm, t_interval
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided", "missing"
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from hires import parquet
 from hires.errors import HiresError
-from hires.schema import Provenance
+from hires.files import parquet
+from hires.files.storage import read_json, write_json
+from hires.provenance.schema import Provenance
 from hires.stages import checksums
-from hires.storage import read_json, write_json
 
 REFERENCE = Path("results/reference")
 TABLES = ("metrics.parquet", "paired.parquet")

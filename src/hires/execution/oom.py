@@ -110,7 +110,7 @@ class Thrift:
             steps["offload"] = True
         if self.compute.out_of_memory == "refuse" or not steps:
             raise HiresError(f"{self.what}, batch {batch}: {reason}; {self._advice(steps)}")
-        from hires.offload import offload_parts
+        from hires.execution.offload import offload_parts
 
         name, value = next(iter(steps.items()))
         if name == "offload":

@@ -11,10 +11,10 @@ import pandas as pd
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from hires import parquet
 from hires.errors import HiresError, first_mistake
-from hires.storage import Damaged, read_json, read_sealed
-from hires.untrusted import member
+from hires.files import parquet
+from hires.files.storage import Damaged, read_json, read_sealed
+from hires.files.untrusted import member
 
 TRUE = "true image"
 _REFERENCE = "reference"  # what the table of scores calls them

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hires import layout, provenance, reference, shards
+from hires import layout, provenance, shards
+from hires.analysis import reference
 from hires.config import Config
 from hires.errors import HiresError
-from hires.schema import Entry, Manifest, Model, Origin, Promotion, Provenance, Record
+from hires.files.storage import digest, read_json, read_sealed, sha256
+from hires.files.untrusted import read_picture
+from hires.provenance.schema import Entry, Manifest, Model, Origin, Promotion, Provenance, Record
 from hires.stages import VERSIONS, base, checksums, images, models
-from hires.storage import digest, read_json, read_sealed, sha256
-from hires.untrusted import read_picture
 
 SUMS = "SHA256SUMS"
 MANIFEST = re.compile(r"(images|base)/.+/shard-\d+\.json|(references)/[^/]+/manifest\.json")
@@ -276,7 +277,7 @@ def again(folder: Folder, n: int, seed: int = 0, device: str | None = None) -> I
         raise HiresError(f"{folder.path} holds no images to make again")
     import torch
 
-    from hires import records
+    from hires.provenance import records
 
     config = provenance.read_stored(folder.path / "config.yaml")
     torch.set_num_threads(config.compute.threads)  # another number may move the last bits

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from hires.analysis.results import BETWEEN, TRUE, named, repository_root, size_name, where
+from hires.analysis.statistics import t_interval
 from hires.errors import printable
-from hires.results import BETWEEN, TRUE, named, repository_root, size_name, where
-from hires.statistics import t_interval
 from hires.variants import VARIANTS
 
 COMPONENTS = ("npa", "npa+lfm", "npa+sg", "scalediff")

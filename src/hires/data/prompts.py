@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hires import parquet
 from hires.config import Columns, Filters, Prompts
+from hires.data.frozen import Frozen, Row, caption_digest, load_frozen
+from hires.data.sources import Place, opened, parquet_files
 from hires.errors import HiresError
-from hires.frozen import Frozen, Row, caption_digest, load_frozen
-from hires.sources import Place, opened, parquet_files
-from hires.storage import Damaged, write_json
+from hires.files import parquet
+from hires.files.storage import Damaged, write_json
 
 BATCH = 32768  # rows decoded at once
 BUDGET = 64 << 20  # bytes that dictionary-encoded text may take in a batch
@@ -79,7 +79,7 @@ def read_counts(path: str | Path) -> dict[str, Any]:
 
 
 def draw_prompts(settings: Prompts, source: str | Path, path: str | Path) -> dict[str, Any]:
-    """Draw `settings.n` prompts from `source` (see `hires.sources`), or replay a frozen list, and write them to `path`.
+    """Draw `settings.n` prompts from `source` (see `data.sources`), or replay a frozen list, and write them to `path`.
 
     Returns the counts that are also stored in the file's metadata. HiresError: no such file, not parquet, a column that
     is needed and missing, fewer rows than n; of a frozen list, which may have lost rows: none left.

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from hires.errors import HiresError
-from hires.untrusted import parse_json
+from hires.files.untrusted import parse_json
 
 
 class Damaged(HiresError):

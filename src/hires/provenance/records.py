@@ -17,9 +17,9 @@ from hires import __version__
 from hires.additions import NOTHING, Additions, Told
 from hires.config import Config
 from hires.errors import HiresError, first_mistake, printable
+from hires.files.storage import replacing, sha256
+from hires.files.untrusted import BROKEN, FORMATS, parse_json, read_picture
 from hires.settings import Sampling
-from hires.storage import replacing, sha256
-from hires.untrusted import BROKEN, FORMATS, parse_json, read_picture
 from hires.variants import Variant, variant
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     """All that an image is a function of. Sides are pixels; `sampling` states every setting.
 
     `additions`: LoRAs, ControlNets and IP-Adapters with their images, and a crop.
-    `adapters`: the LoRAs that acted, name -> digest (`hires.adapters.adapter_digests`); older records have none.
+    `adapters`: the LoRAs that acted, name -> digest (`additions.adapters.adapter_digests`); older records have none.
     `places`: where a configuration says that LoRAs of variants lie.
     """
 
@@ -257,7 +257,7 @@ def load(
 
 def _same_adapters(recipe: Recipe, backbone: "Backbone") -> None:
     """HiresError unless the LoRAs that would act now are the recorded ones."""
-    from hires.adapters import adapter_digests
+    from hires.additions.adapters import adapter_digests
 
     needed = recipe.variant_fields.adapter
     if needed:

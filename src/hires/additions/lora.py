@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hires.adapters import adapter_states, restore_adapters
+from hires.additions.adapters import adapter_states, restore_adapters
 from hires.errors import HiresError
-from hires.storage import replacing
+from hires.files.storage import replacing
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

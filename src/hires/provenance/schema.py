@@ -1,6 +1,6 @@
 """What the stages write down about what they made, as typed models: whoever reads a record reads it through these.
 
-`python -m hires.schema` writes their JSON schema to docs/records.schema.json.
+`python -m hires.provenance.schema` writes their JSON schema to docs/records.schema.json.
 """
 
 import json

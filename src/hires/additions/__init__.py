@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from hires.errors import HiresError
-from hires.storage import sha256
-from hires.untrusted import read_picture
+from hires.files.storage import sha256
+from hires.files.untrusted import read_picture
 
 if TYPE_CHECKING:
+    from hires.additions.extras import Extras
     from hires.backbones import Backbone
-    from hires.extras import Extras
 
 
 class Part(BaseModel):
@@ -133,7 +133,7 @@ class Additions:
 
     def extras(self) -> "Extras":
         """The images, and how they act."""
-        from hires.extras import Extras
+        from hires.additions.extras import Extras
 
         return Extras(
             control_image=[read_picture(file, file) for file in self.control_images] or None,
@@ -151,7 +151,7 @@ class Additions:
         if self.ip_adapters:
             _add_ip_adapters(backbone, self.ip_adapters, self.image_encoder, self.ip_adapter_scale)
         if self.loras:
-            from hires.lora import load_lora
+            from hires.additions.lora import load_lora
 
             files = self.lora_names or [file.name for file, _ in self.loras]
             names = [f"{index}-{Path(file).stem}".replace(".", "-") for index, file in enumerate(files, 1)]
@@ -200,7 +200,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def _lora_file(source: Path) -> Path:
-    from hires.lora import WEIGHTS
+    from hires.additions.lora import WEIGHTS
 
     return source / WEIGHTS if source.is_dir() else source
 
@@ -228,13 +228,13 @@ def _folder(source: str) -> Path:
 
 def _weights_digest(folder: Path) -> str:
     """SHA-256 over the SHA-256 of each weight file."""
-    from hires.storage import digest
+    from hires.files.storage import digest
 
     return digest([[file.name, sha256(file)] for file in sorted(folder.glob("*.safetensors"))])
 
 
 def _controlnet(backbone: "Backbone", source: str) -> Any:
-    from hires.untrusted import read_table
+    from hires.files.untrusted import read_table
 
     wanted, folder = backbone.controlnet_class, _folder(source)
     if wanted is None:

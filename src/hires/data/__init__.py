@@ -1,0 +1,1 @@
+"""Where prompts and their pictures come from."""
