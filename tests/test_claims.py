@@ -186,6 +186,10 @@ def test_mistakes_in_claims_are_one_line(tmp_path):
         path.write_text(yaml.safe_dump([{**entry, **change}]))
         with pytest.raises(HiresError, match=said):
             claims.load_claims(path)
+    for text, said in (("a: 1", "must be a list of claims"), ("- 3", "claim 1: "), ("- {id: a, id: b}", "id")):
+        path.write_text(text)
+        with pytest.raises(HiresError, match=said):
+            claims.load_claims(path)
     path.write_text(yaml.safe_dump([entry, entry]))
     with pytest.raises(HiresError, match="named twice: c"):
         claims.load_claims(path)

@@ -106,6 +106,7 @@ def test_borders_follow_scale_and_overlap():
     assert patch_borders((512, 512), (128, 128), overlap=0.75).rows == tuple(range(32, 512, 32))
     assert patch_borders((512, 512), (128, 128), scale=4).rows == ()  # one window holds all
     assert patch_borders((128, 128), (128, 128)).rows == ()
+    assert patch_borders((96, 416), (128, 128)).rows == ()  # lower than a window
 
 
 @pytest.fixture(scope="module")

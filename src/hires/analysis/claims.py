@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hires.analysis import tables
 from hires.analysis.results import BETWEEN, Results, named, repository_root, size_name, where
 from hires.analysis.statistics import LEVEL, holm, t_interval
-from hires.errors import HiresError
+from hires.errors import HiresError, first_mistake
+from hires.files.untrusted import read_yaml
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED, MISSING = "reproduced", "not reproduced", "undecided", "missing"
 
@@ -66,15 +66,16 @@ class Claim(BaseModel):
 def load_claims(path: Path | None = None) -> list[Claim]:
     """The claims of a YAML file, config/claims.yaml when None; HiresError names the first mistake."""
     path = path or repository_root() / "config" / "claims.yaml"
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = read_yaml(path)
+    if not isinstance(entries, list):
+        raise HiresError(f"{path.name}: must be a list of claims")
     claims = []
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         try:
             claims.append(Claim.model_validate(entry))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise HiresError(f"{path.name}, claim {entry.get('id')!r}: {place} {first['msg']}".strip()) from None
+            place, _, reason = first_mistake(error)
+            raise HiresError(f"{path.name}, claim {number}: {place} {reason}".replace("  ", " ")) from None
     ids = [claim.id for claim in claims]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:

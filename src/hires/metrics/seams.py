@@ -31,7 +31,7 @@ def patch_borders(size: tuple[int, int], base: tuple[int, int], scale: float = 1
     def axis(length: int, side: int) -> tuple[int, ...]:
         grid = length // TOKEN
         window = scaled_window(side // TOKEN, grid, scale)
-        cut = [] if window == grid else patches(grid, window, side=patch_side(window, overlap))
+        cut = [] if window >= grid else patches(grid, window, side=patch_side(window, overlap))
         return tuple(TOKEN * patch.start for patch in cut[1:])
 
     return Borders(axis(size[0], base[0]), axis(size[1], base[1]))
