@@ -460,6 +460,8 @@ def refused(backbone, message, **options):
 def test_refusals_of_control_images():
     plain = wrapped(build_pipeline("tiny-flux"), "tiny-flux")
     refused(plain, "no ControlNet: make one", control_image=picture())
+    refused(plain, "scale 0.5: the pipeline has no ControlNet", controlnet_conditioning_scale=0.5)
+    refused(plain, "crop cuts your own", crop=True)
     pipe = with_controlnet("tiny-flux", lambda pipe: controlnet("tiny-flux", pipe))
     backbone = wrapped(pipe, "tiny-flux")
     refused(backbone, "0 control images for 1 ControlNets")

@@ -142,6 +142,8 @@ def run(
 ) -> Iterator[Stage]:
     """The stages of `hires.cascade.cascade`, from a PIL image where one is given."""
     pixels = None
+    if crop and image is None and not extras.control_images:
+        raise HiresError("crop cuts your own and control images, and there is none: leave it out")
     if image is not None:
         base = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple)[0]
         pixels = to_pixels(fitted("image", image, height, width, crop), base).expand(len(prompts), -1, -1, -1)

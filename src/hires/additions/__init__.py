@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from hires.backbones import Backbone
 
 
+CONTROL_SETTINGS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
+
+
 class Part(BaseModel):
     """A file, or a folder of weights, in a record."""
 
@@ -125,6 +128,15 @@ class Additions:
         for flag, files in (("--control-image", self.control_images), ("--ip-adapter-image", self.ip_adapter_images)):
             for file in files:
                 read_picture(file, f"{flag} {file}")
+        for acts_on, there, names in (
+            ("--controlnet", self.controlnets, CONTROL_SETTINGS),
+            ("--ip-adapter", self.ip_adapters, ("image_encoder", "ip_adapter_scale")),
+        ):
+            for name in names:
+                given = getattr(self, name)
+                if given != getattr(Additions, name) and not there:
+                    flag = name.replace("_", "-")
+                    raise HiresError(f"--{flag} {given}: acts on {acts_on}, of which there is none: leave it out")
         if self.ip_adapters and self.image_encoder is None:
             raise HiresError("--ip-adapter: its image encoder is another folder: name it with --image-encoder")
         for file in self.ip_adapters:
@@ -172,8 +184,7 @@ class Additions:
                 {"source": source, "sha256": _weights_digest(_folder(source))} for source in self.controlnets
             ]
             told["control_images"] = _told(self.control_images)
-            names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
-            told |= {name: getattr(self, name) for name in names}
+            told |= {name: getattr(self, name) for name in CONTROL_SETTINGS}
         if self.ip_adapters:
             assert self.image_encoder is not None  # `check`
             encoder = {"file": self.image_encoder.name, "sha256": _weights_digest(self.image_encoder)}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hires.additions import CONTROL_SETTINGS
 from hires.errors import HiresError
 from hires.sizes import Size
 
@@ -78,8 +79,10 @@ class Extras:
             nets = nets * len(images)  # diffusers runs a union ControlNet in a list once for every image
         if len(images) != len(nets):
             raise HiresError(f"{len(images)} control images for {len(nets)} ControlNets: give one each")
-        settings = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
-        for net, _, start, end, mode in zip(nets, *map(self.each, settings), strict=True):
+        for name in CONTROL_SETTINGS:
+            if not nets and (value := getattr(self, name)) != getattr(Extras, name):
+                raise HiresError(f"{name} {value}: the pipeline has no ControlNet: leave it out")
+        for net, _, start, end, mode in zip(nets, *map(self.each, CONTROL_SETTINGS), strict=True):
             if not 0 <= start < end <= 1:
                 raise HiresError(
                     f"control_guidance_start {start:g} and control_guidance_end {end:g}: "
@@ -106,9 +109,8 @@ class Extras:
         """What was given, as JSON-ready values for a record: images and embeddings as their digests."""
         found: dict[str, Any] = {}
         if self.control_images:
-            names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "control_mode")
             found = {"control_images": [told(image) for image in self.control_images]}
-            found |= {name: self.each(name) for name in names}
+            found |= {name: self.each(name) for name in CONTROL_SETTINGS}
         if self.ip_adapter_images:
             found["ip_adapter_images"] = [told(image) for image in self.ip_adapter_images]
         if self.ip_adapter_image_embeds is not None:
