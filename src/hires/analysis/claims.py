@@ -75,7 +75,7 @@ def load_claims(path: Path | None = None) -> list[Claim]:
             claims.append(Claim.model_validate(entry))
         except ValidationError as error:
             place, _, reason = first_mistake(error)
-            raise HiresError(f"{path.name}, claim {number}: {place} {reason}".replace("  ", " ")) from None
+            raise HiresError(f"{path.name}, claim {number}: {f'{place} {reason}'.strip()}") from None
     ids = [claim.id for claim in claims]
     twice = sorted({name for name in ids if ids.count(name) > 1})
     if twice:
