@@ -37,7 +37,7 @@ from hires.stages import (
     scores,
 )
 
-HELPERS = 2  # processes that render references and score, while this one keeps the GPU busy
+HELPERS = 4  # processes that render references, extract features and score, while this one keeps the GPU busy
 
 
 def run(config: Config, *, seconds: float | None = None, backbones: Sequence[str] | None = None) -> bool:
@@ -132,7 +132,7 @@ def _in_order(config: Config) -> list[ImageSet]:
 
 @dataclass
 class _Work:
-    """The image sets of one run, in their order; `pending` have features, and wait for those of their references.
+    """The image sets of one run, in their order; `pending` ones wait for their features, or for their references.
 
     `anew`: scores are made in any case, as another version of the stage made those that are there.
     """
@@ -143,10 +143,9 @@ class _Work:
     anew: bool
     device: str
     helpers: Executor
-    rendered: dict[tuple[int, int], Future] = field(default_factory=dict)
-    measured: set[tuple[int, int]] = field(default_factory=set)
+    references: dict[tuple[int, int], Future] = field(default_factory=dict)
     based: set[tuple[str, str, int]] = field(default_factory=set)
-    pending: list[ImageSet] = field(default_factory=list)
+    pending: list[tuple[ImageSet, Future]] = field(default_factory=list)
     scoring: list[Future] = field(default_factory=list)
 
     def run(self, sets: Sequence[ImageSet]) -> None:
@@ -155,12 +154,13 @@ class _Work:
         needed = {(made.height, made.width) for made in sets}
         for height, width, _ in layout.references(self.config):
             if (height, width) in needed:
-                self.rendered[height, width] = self.helpers.submit(references.run, self.config, height, width)
+                job = self.helpers.submit(_references, self.config, height, width, self.device)
+                self.references[height, width] = job
         for made in sets:
             if not self._make(made):
                 break
-            features.run(self.config, **_names(made), device=self.device)
-            self.pending.append(made)
+            extracted = self.helpers.submit(features.run, self.config, **_names(made), device=self.device)
+            self.pending.append((made, extracted))
             self._score(wait=False)
         self._score(wait=True)
         for future in self.scoring:
@@ -182,17 +182,16 @@ class _Work:
         return True
 
     def _score(self, wait: bool) -> None:
-        """Score those pending sets whose references are there, or all of them where it may `wait`."""
+        """Score those pending sets whose features and references are there, or all of them where it may `wait`."""
         waiting, self.pending = self.pending, []
-        for made in waiting:
+        for made, extracted in waiting:
             size = made.height, made.width
-            if not (wait or self.rendered[size].done()):
-                self.pending.append(made)
+            needs = self.references[size], extracted
+            if not (wait or all(need.done() for need in needs)):
+                self.pending.append((made, extracted))
                 continue
-            self.rendered[size].result()
-            if size not in self.measured:
-                features.run_references(self.config, *size, device=self.device)
-                self.measured.add(size)
+            for need in needs:
+                need.result()
             if _old([layout.crops(self.config, made)], [layout.features(self.config, made)]):
                 crops.run(self.config, made)
             made_from = [self.changed, layout.reference_features(self.config, *size)]
@@ -200,6 +199,12 @@ class _Work:
             targets = [layout.scores(self.config, made), layout.image_scores(self.config, made)]
             if _old(targets, made_from, self.anew):
                 self.scoring.append(self.helpers.submit(scores.run, self.config, **_names(made)))
+
+
+def _references(config: Config, height: int, width: int, device: str) -> None:
+    """The references of one size, and their features."""
+    references.run(config, height, width)
+    features.run_references(config, height, width, device=device)
 
 
 def _names(made: ImageSet) -> dict[str, Any]:
