@@ -225,13 +225,14 @@ def no_layout(*_):
 
 
 language = SimpleNamespace(
-    constexpr=object, float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64,
+    constexpr=lambda x: x, float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64,
     BlockedLayout=no_layout, SliceLayout=no_layout, NVMMADistributedLayout=no_layout, DotOperandLayout=no_layout,
     DistributedLinearLayout=no_layout, reshape=torch.reshape,
     NVMMASharedLayout=SimpleNamespace(get_default_for=no_layout),
     allocate_shared_memory=allocate, static_range=range, thread_barrier=lambda: None, to_tensor=block,
     program_id=lambda axis: torch.tensor(local.program), num_programs=lambda axis: torch.tensor(local.programs),
     arange=lambda start, end, layout: torch.arange(start, end), zeros=lambda shape, dtype, _: torch.zeros(shape),
+    full=lambda shape, value, dtype, _: torch.full(shape, value),
     where=lambda condition, a, b: torch.where(block(condition), block(a), block(b)),
     maximum=lambda a, b: torch.maximum(block(a), block(b)), minimum=lambda a, b: torch.minimum(block(a), block(b)),
     max=Tensor.amax, sum=Tensor.sum, exp2=torch.exp2, cdiv=lambda a, b: -(-a // b),
@@ -239,6 +240,7 @@ language = SimpleNamespace(
     load=lambda pointer, mask=ALL, other=0.0: pointer.read(mask, other),
     store=lambda pointer, values, mask: pointer.write(values, mask),
     warp_specialize=warp_specialize,
+    inline_asm_elementwise=lambda asm, operands, factors, *_: factors[0] * factors[1],  # all that there is
 )  # fmt: skip
 hopper = SimpleNamespace(
     async_copy=SimpleNamespace(

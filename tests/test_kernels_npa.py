@@ -141,6 +141,7 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 
 
 OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True, "text_once": True}
+FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True, "lazy_rescale": True}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,9 @@ OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True, "text
     [
         *((case, {}) for case in GLUON_CASES),
         *((case, {"text_once": True}) for case in ("long text", "ragged", "shifted", "global text rows")),
+        *((case, FOUR) for case in ("tiles of the window", "shifted", "tiles of padding", "steps fewer than stages")),
+        ("ragged", FOUR | {"v_stages": 2, "free_together": False, "text_once": True}),
+        ("long text", {"ping_pong": False, "free_together": True, "lazy_rescale": True}),
         *((case, OTHER) for case in ("long text", "ragged", "shifted", "tiles of padding", "steps fewer than stages")),
     ],
 )

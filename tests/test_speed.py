@@ -197,6 +197,32 @@ def test_slow_calls_are_repeated_less_often(monkeypatch):
     assert len(timing.milliseconds(lambda index: time.sleep(0.02), CPU, repeats=50, sets=2)) == 5
 
 
+def test_the_fastest_calls_in_a_row_after_a_rest(monkeypatch):
+    monkeypatch.setattr(timing, "REST", 0.05)
+    start, seen = time.perf_counter(), []
+
+    def call(index):
+        seen.append(time.perf_counter() - start)
+        time.sleep(0.002 if 3 <= index < 8 else 0.02)
+
+    assert 2 < timing.rested(call, CPU) < 20
+    assert len(seen) == 10 and seen[0] >= 0.05
+
+
+def test_a_cpu_has_no_sensors():
+    sensors = timing.Sensors(CPU)
+    sensors.read()
+    assert sensors.clocks == sensors.powers == []
+
+
+@pytest.mark.gpu
+def test_clock_and_power_are_those_of_a_busy_gpu():
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    sensors = timing.Sensors(matrix.device)
+    timing.milliseconds(lambda index: matrix @ matrix, matrix.device, 300, 1, sensors.read)
+    assert 300 < max(sensors.clocks) < 4000 and 50 < max(sensors.powers) < 2000
+
+
 def test_inputs_are_rotated_out_of_the_cache():
     for size in (2**20, 2**26, 2**30):
         sets = timing.rotations(size, torch.device("cuda"))
@@ -240,13 +266,15 @@ def test_a_failing_contender_is_a_row_with_the_reason(tmp_path, capsys, monkeypa
             yield "", {"hungry": lambda inputs: torch.empty(2**60), "able": lambda inputs: inputs.image}
 
     monkeypatch.setattr(contenders, "programs", programs)
+    monkeypatch.setattr(timing, "REST", 0)
     out = tmp_path / "kernels.csv"
-    arguments = ["--device", "cpu", "--shapes", "npa-tiny-0", "--backends", "sdpa", "--out", str(out)]
+    arguments = ["--device", "cpu", "--shapes", "npa-tiny-0", "--backends", "sdpa", "--rest", "--out", str(out)]
     assert command(*arguments) == 0
     hungry, refused, able = read(out)
     assert hungry["reason"].startswith("RuntimeError: ") and "memory" in hungry["reason"] and not hungry["ms"]
     assert refused["reason"].startswith("KernelError: unknown backend 'sdap'")
     assert able["ms"] and not able["reason"] and able["configuration"] == "able"
+    assert able["ms_rested"] and not hungry["ms_rested"]
     assert "unknown backend" in capsys.readouterr().out
 
 

@@ -3,7 +3,8 @@
 One warp loads: K and V tiles of the window come by TMA straight out of the token grid, text tiles are further steps
 of the same loop. Two warpgroups of 64 query rows each multiply, and take turns: while one is in its softmax, the
 matrix unit is the other's. Within a warpgroup the scores of the next step are issued before the values of this one,
-so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). The grid is
+so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). Or, where
+head dim 64 leaves registers, four warpgroups share each tile and overlap with each other alone. The grid is
 persistent: barriers carry their phases from one item to the next, and loads run ahead across items.
 """
 
@@ -89,12 +90,15 @@ def _produce(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, TEXT_ONCE: gl.constexpr,
+    FREE_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
     key_walk, value_walk, text_key_walk, text_value_walk = walks
     _, window, patches, _, _, _, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
+    if FREE_TOGETHER:
+        k_free = v_free
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         batch, head, patch, tile, window_row, window_col, _, _, down, across = _item(item, shift, shape, SHIFTED)
@@ -180,6 +184,49 @@ def _hide(
     return scores
 
 
+def _shrink_asm(registers: int) -> str:
+    """PTX: multiply `registers` sums, pairs of two rows in turn, but not where a whole warp would multiply by one."""
+    first, second = f"${2 * registers}", f"${2 * registers + 2}"
+    products = "".join(f"mul.f32 ${i}, ${i}, {second if i & 2 else first}; " for i in range(registers))
+    return (
+        "{ .reg .pred higher; .reg .f32 least; "
+        f"min.f32 least, {first}, {second}; setp.lt.f32 higher, least, 0f3F800000; "
+        f"vote.sync.any.pred higher, higher, 0xffffffff; @!higher bra KEPT; {products}KEPT: }}"
+    )
+
+
+def _shrink_constraints(registers: int) -> str:
+    sums, tied = ["=f"] * registers, [str(i) for i in range(registers)]
+    return ",".join(sums + tied + ["f"] * registers)
+
+
+SHRINK_32 = gl.constexpr(_shrink_asm(32))
+SHRINK_64 = gl.constexpr(_shrink_asm(64))
+SHRINK_32_OPERANDS = gl.constexpr(_shrink_constraints(32))
+SHRINK_64_OPERANDS = gl.constexpr(_shrink_constraints(64))
+RISE = gl.constexpr(8.0)  # weights stay below 2 ** 8, as in FlashAttention-4
+
+
+@gluon.jit
+def _higher(top, candidate, LAZY: gl.constexpr):
+    """The new maximum of a row. LAZY: the old one stays until it is passed by more than `RISE`."""
+    if LAZY:
+        return gl.where(candidate > top + RISE, candidate, top)
+    else:
+        return gl.maximum(top, candidate)
+
+
+@gluon.jit
+def _shrunk(sums, shrink, LAZY: gl.constexpr):
+    shrink = gl.expand_dims(shrink, 1)
+    if not LAZY:
+        return sums * shrink
+    elif sums.shape[1] == 64:
+        return gl.inline_asm_elementwise(SHRINK_32, SHRINK_32_OPERANDS, [sums, shrink], gl.float32, False, 32)
+    else:
+        return gl.inline_asm_elementwise(SHRINK_64, SHRINK_64_OPERANDS, [sums, shrink], gl.float32, False, 64)
+
+
 @gluon.jit
 def _partial_sums(weights, LAYOUT: gl.constexpr):
     """(64, 4): sums of each row by the four threads that hold it, which are added up at the end of an item."""
@@ -204,16 +251,56 @@ def _text_alone(
 
 
 @gluon.jit
+def _with_text(sums, top, total, rows, logsums, LAYOUT: gl.constexpr):
+    """Finished rows of a tile and what `_text_alone` gave, as one softmax."""
+    top, total = gl.convert_layout(top, gl.SliceLayout(1, LAYOUT)), gl.convert_layout(total, gl.SliceLayout(1, LAYOUT))
+    highest = gl.maximum(top, logsums)
+    image_share, text_share = gl.exp2(top - highest), gl.exp2(logsums - highest)
+    share = 1.0 / (total * image_share + text_share)
+    sums *= gl.expand_dims(image_share * share, 1)
+    sums += rows.to(gl.float32) * gl.expand_dims(text_share * share, 1)
+    return sums
+
+
+@gluon.jit
+def _write(
+    GROUP: gl.constexpr, outputs, queries, output, text_output, shape,
+    batch, head, patch, tile, first_row, first_col, down, across,
+    QUERIES: gl.constexpr, STAGED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Rows of one warpgroup to where they belong, STAGED: by way of the item's own queries, whole rows to a warp."""
+    grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
+    DIM: gl.constexpr = outputs.shape[1]
+    if STAGED:
+        queries.store(outputs)
+        _synchronise()
+        outputs = queries.load(LAYOUT)
+        _synchronise()
+    place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    token, valid = _tokens(place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES)
+    long_batch = batch.to(gl.int64)
+    if tile >= image_tiles:
+        first = text_output + (long_batch * (patches[0] * patches[1]) + patch) * text_tokens * heads * DIM
+    else:
+        first = output + long_batch * grid[0] * grid[1] * heads * DIM
+    result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
+    result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
+    gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
+
+
+@gluon.jit
 def _consume(
-    GROUP: gl.constexpr, query, output, text_query, text_output, text_rows, text_logsums, shift,
-    walks, shape, scale, q_tiles, k_tiles, v_tiles, barriers, turns,
+    GROUP: gl.constexpr, rest,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
+    GROUPS: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
+    FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
-    grid, window, patches, heads, text_tokens, image_steps, _, image_tiles, _, items = shape
+    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
+    q_tiles, k_tiles, v_tiles, barriers, turns = rest[10:]
+    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -238,7 +325,7 @@ def _consume(
         item + stride, shift, shape, SHIFTED
     )
     _fetch_queries(
-        GROUP, query, text_query, walks, shape, q_tiles.index(2 + GROUP),
+        GROUP, query, text_query, walks, shape, q_tiles.index(GROUPS + GROUP),
         batch1, head1, patch1, tile1, first_row1, first_col1, down1, across1, QUERIES, TURNED,
     )  # fmt: skip
     async_copy.wait_group(1)
@@ -248,7 +335,8 @@ def _consume(
     keys = k_tiles.index(0).reshape([KEYS, DIM]).permute((1, 0))
     scores = warpgroup_mma(q_tiles.index(GROUP), keys, no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
-    mbarrier.arrive(k_free.index(0))
+    if not FREE_TOGETHER:
+        mbarrier.arrive(k_free.index(0))
     scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
     top = gl.max(scores, 1) * scale
     weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
@@ -259,26 +347,27 @@ def _consume(
     buffer = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, stride):
         sums = gl.zeros([64, DIM], gl.float32, SUMS)
-        queries = q_tiles.index(2 * buffer + GROUP)
+        queries = q_tiles.index(GROUPS * buffer + GROUP)
         first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
         for step in range(1, first_steps + last_steps):
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
             mbarrier.wait(k_ready.index(next_stage), next_phase)
             if PING_PONG:
-                mbarrier.wait(turns.index(GROUP), done & 1 ^ (1 - GROUP))
+                mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
             keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
             scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(stage), phase)
             values = v_tiles.index(stage).reshape([KEYS, DIM])
             sums = warpgroup_mma(operand, values, sums, is_async=True)
             if PING_PONG:
-                mbarrier.arrive(turns.index(1 - GROUP))
+                mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
             scores = warpgroup_mma_wait(1, [scores])
-            mbarrier.arrive(k_free.index(next_stage))
+            if not FREE_TOGETHER:
+                mbarrier.arrive(k_free.index(next_stage))
 
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            higher = gl.maximum(top, gl.max(scores, 1) * scale)
+            higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
             weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
             shrink = gl.exp2(top - higher)
             total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
@@ -287,7 +376,7 @@ def _consume(
             mbarrier.wait(v_ready.index(stage), phase)  # as before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
-            sums *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), 1)
+            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             done += 1
 
@@ -302,15 +391,18 @@ def _consume(
         _synchronise()
         mbarrier.wait(k_ready.index(next_stage), next_phase, follows)
         if PING_PONG:
-            mbarrier.wait(turns.index(GROUP), done & 1 ^ (1 - GROUP))
+            mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
         keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
-        scores = warpgroup_mma(q_tiles.index(2 * (1 - buffer) + GROUP), keys, no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma(
+            q_tiles.index(GROUPS * (1 - buffer) + GROUP), keys, no_scores, use_acc=False, is_async=True
+        )
         mbarrier.wait(v_ready.index(stage), phase)
         sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
         if PING_PONG:
-            mbarrier.arrive(turns.index(1 - GROUP))
+            mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
         scores = warpgroup_mma_wait(1, [scores])
-        mbarrier.arrive(k_free.index(next_stage), pred=follows)
+        if not FREE_TOGETHER:
+            mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
         last_top, last_total = top, gl.sum(total, 1)
         top = gl.max(scores, 1) * scale
@@ -321,34 +413,14 @@ def _consume(
         mbarrier.arrive(v_free.index(stage))
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
-        last_total = gl.convert_layout(last_total, gl.SliceLayout(1, SUMS))
         if TEXT_ONCE:
-            last_top = gl.convert_layout(last_top, gl.SliceLayout(1, SUMS))
-            highest = gl.maximum(last_top, logsums)
-            image_share, text_share = gl.exp2(last_top - highest), gl.exp2(logsums - highest)
-            share = 1.0 / (last_total * image_share + text_share)
-            sums *= gl.expand_dims(image_share * share, 1)
-            sums += rows.to(gl.float32) * gl.expand_dims(text_share * share, 1)
+            sums = _with_text(sums, last_top, last_total, rows, logsums, SUMS)
         else:
-            sums *= gl.expand_dims(1.0 / last_total, 1)
-        outputs = sums.to(dtype)
-        if STAGED:  # by way of the item's own queries, which nobody needs any more: whole rows to a warp
-            queries.store(outputs)
-            _synchronise()
-            outputs = queries.load(OUTPUTS)
-            _synchronise()
-        place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, OUTPUTS))
-        token, valid = _tokens(
-            place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES
-        )
-        long_batch = batch.to(gl.int64)
-        if tile >= image_tiles:
-            first = text_output + (long_batch * (patches[0] * patches[1]) + patch) * text_tokens * heads * DIM
-        else:
-            first = output + long_batch * grid[0] * grid[1] * heads * DIM
-        result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
-        result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, OUTPUTS)), 0)
-        gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
+            sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
+        _write(
+            GROUP, sums.to(dtype), queries, output, text_output, shape,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
+        )  # fmt: skip
 
         batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2 = _item(
             item + 2 * stride, shift, shape, SHIFTED
@@ -366,60 +438,171 @@ def _consume(
 
 
 @gluon.jit
+def _consume_in_turn(
+    GROUP: gl.constexpr, rest,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
+    GROUPS: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr,
+    LAZY: gl.constexpr,
+):  # fmt: skip
+    """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
+    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
+    q_tiles, k_tiles, v_tiles, barriers, _ = rest[10:]
+    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    k_ready, k_free, v_ready, v_free = barriers
+    KEYS: gl.constexpr = ROWS * COLS
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PARTS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
+    dtype: gl.constexpr = q_tiles.dtype
+    no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
+    stride = gl.num_programs(0)
+
+    batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(gl.program_id(0), shift, shape, SHIFTED)
+    _fetch_queries(
+        GROUP, query, text_query, walks, shape, q_tiles.index(GROUP),
+        batch, head, patch, tile, first_row, first_col, down, across, QUERIES, TURNED,
+    )  # fmt: skip
+    done = gl.to_tensor(0)
+    buffer = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, stride):
+        queries = q_tiles.index(GROUPS * buffer + GROUP)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _synchronise()
+        batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item + stride, shift, shape, SHIFTED)
+        _fetch_queries(
+            GROUP, query, text_query, walks, shape, q_tiles.index(GROUPS * (1 - buffer) + GROUP),
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, TURNED,
+        )  # fmt: skip
+
+        sums = gl.zeros([64, DIM], gl.float32, SUMS)
+        total = gl.zeros([64, 4], gl.float32, PARTS)
+        top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
+        for step in range(first_steps + last_steps):
+            stage, phase = done % K_STAGES, done // K_STAGES & 1
+            mbarrier.wait(k_ready.index(stage), phase)
+            keys = k_tiles.index(stage).reshape([KEYS, DIM]).permute((1, 0))
+            scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, [scores])
+            if not FREE_TOGETHER:
+                mbarrier.arrive(k_free.index(stage))
+            scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+            higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
+            shrink = gl.exp2(top - higher)
+            top = higher
+            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
+            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+            weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
+            total += _partial_sums(weights, PARTS)
+            operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            stage, phase = done % V_STAGES, done // V_STAGES & 1
+            mbarrier.wait(v_ready.index(stage), phase)
+            sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
+            sums, operand = warpgroup_mma_wait(0, [sums, operand])
+            mbarrier.arrive(v_free.index(stage))
+            done += 1
+
+        total = gl.sum(total, 1)
+        batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
+        if TEXT_ONCE:
+            rows, logsums = _text_alone(GROUP, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
+            sums = _with_text(sums, top, total, rows, logsums, SUMS)
+        else:
+            sums *= gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
+        _write(
+            GROUP, sums.to(dtype), queries, output, text_output, shape,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
+        )  # fmt: skip
+        buffer = 1 - buffer
+
+
+@gluon.jit
 def _attend(
     query, key, value, output, text_query, text_key, text_value, text_output, text_rows, text_logsums, shift,
     query_walks, key_walks, shape, scale,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
+    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr,
+    TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [4, 64, DIM], q_layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, DIM], q_layout)
     k_tiles = gl.allocate_shared_memory(dtype, [K_STAGES, ROWS, COLS, DIM], key.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, ROWS, COLS, DIM], value.layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(K_STAGES):
         mbarrier.init(k_ready.index(stage), 1)
-        mbarrier.init(k_free.index(stage), 2)
+        mbarrier.init(k_free.index(stage), GROUPS)
     for stage in gl.static_range(V_STAGES):
         mbarrier.init(v_ready.index(stage), 1)
-        mbarrier.init(v_free.index(stage), 2)
-    for group in gl.static_range(2):
+        mbarrier.init(v_free.index(stage), GROUPS)
+    for group in gl.static_range(GROUPS):
         mbarrier.init(turns.index(group), 1)
     fence_async_shared()
 
     barriers = (k_ready, k_free, v_ready, v_free)
-    gl.warp_specialize(
-        [
+    rest = (
+        query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
+        q_tiles, k_tiles, v_tiles, barriers, turns,
+    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize([
             (_consume, (
-                0, query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
-                q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
-                TEXT_ONCE,
+                0, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, PING_PONG,
+                STAGED, TEXT_ONCE, FREE_TOGETHER, LAZY,
             )),
             (_consume, (
-                1, query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
-                q_tiles, k_tiles, v_tiles, barriers, turns,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, PING_PONG, STAGED,
-                TEXT_ONCE,
+                1, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, PING_PONG,
+                STAGED, TEXT_ONCE, FREE_TOGETHER, LAZY,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
             )),
-        ],
-        worker_num_warps=[4, 1],
-        worker_num_regs=[240, 24],
-    )  # fmt: skip
-
-
-QUERIES, KEYS = 128, 128
+        ], worker_num_warps=[4, 1], worker_num_regs=[240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume_in_turn, (
+                0, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
+                TEXT_ONCE, FREE_TOGETHER, LAZY,
+            )),
+            (_consume_in_turn, (
+                1, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
+                TEXT_ONCE, FREE_TOGETHER, LAZY,
+            )),
+            (_consume_in_turn, (
+                2, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
+                TEXT_ONCE, FREE_TOGETHER, LAZY,
+            )),
+            (_consume_in_turn, (
+                3, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
+                TEXT_ONCE, FREE_TOGETHER, LAZY,
+            )),
+            (_produce, (
+                key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
+            )),
+        ], worker_num_warps=[4, 4, 4, 1], worker_num_regs=[112, 112, 112, 24])  # fmt: skip
 
 
 def attend(
@@ -434,14 +617,17 @@ def attend(
     query = image[0]
     batch, _, heads, dim = query.shape
     grid, window = patches.grid, patches.window
-    tile = tile_shape(window, KEYS)
+    launch = launches.launch("npa_gluon", dim, query.device)
+    groups = launch["groups"]
+    keys = 256 // groups  # of four warpgroups' registers
+    queries, tile = 64 * groups, tile_shape(window, keys)
 
     sources = [(x, grid, tile) for x in image[1:]]
     text_query, text_tokens, turned = query, 0, False
     if text is not None:
         text_tokens, turned = text[2].shape[1], text[1].dim() == 5
         text_query, text_key = (x.flatten(0, -4) for x in text[:2])
-        sources += [(x, (text_tokens, 1), (KEYS, 1)) for x in (text_key, text[2])]
+        sources += [(x, (text_tokens, 1), (keys, 1)) for x in (text_key, text[2])]
     pointers, walks = [], []
     for x, source_grid, block in sources:
         found = described(x, source_grid, block) or described(x.contiguous(), source_grid, block)
@@ -454,27 +640,27 @@ def attend(
     if text is None:
         pointers, walks = pointers + pointers, walks + walks
 
-    image_tiles = ceil(window[0] // 2 * (window[1] // 2) / QUERIES)
-    text_tiles = 0 if text_output is None else ceil(text_tokens / QUERIES)
+    image_tiles = ceil(window[0] // 2 * (window[1] // 2) / queries)
+    text_tiles = 0 if text_output is None else ceil(text_tokens / queries)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
-    image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / KEYS)
+    image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / keys)
     shape = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
-    launch = launches.launch("npa_gluon", dim, query.device)
     text_once, text_rows, text_logsums = False, query, query
     if launch["text_once"] and text is not None and text_output is not None:
         text_once, (text_rows, text_logsums) = True, _text_among_itself(text, turned, scale)
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    watching.launched("hopper.npa", queries=QUERIES, keys=KEYS, **launch, tile=list(tile), programs=programs)
+    watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
     _attend[(programs,)](
         query, *pointers[:2], output,
         text_query, *pointers[2:], output if text_output is None else text_output, text_rows, text_logsums,
         query if patches.shift is None else patches.shift,
         (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
-        QUERIES=QUERIES, ROWS=tile[0], COLS=tile[1], DIM=dim,
+        QUERIES=queries, ROWS=tile[0], COLS=tile[1], DIM=dim,
         K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
-        MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % KEYS != 0,
-        PING_PONG=launch["ping_pong"], STAGED=launch["staged"], TEXT_ONCE=text_once, num_warps=4,
+        MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
+        GROUPS=groups, PING_PONG=launch["ping_pong"], STAGED=launch["staged"], TEXT_ONCE=text_once,
+        FREE_TOGETHER=launch["free_together"], LAZY=launch["lazy_rescale"], num_warps=4,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--write", action="store_true", help="tune: write the fastest launches into launches.json")
     kernels.add_argument("--traffic", action="store_true", help="orders: read L2 and DRAM traffic with Nsight Compute")
     kernels.add_argument("--repeats", type=int, default=50, help="calls of each, fewer beyond 3 seconds (default: 50)")
+    kernels.add_argument("--rest", action="store_true", help="also the fastest 5 calls in a row after 2 idle seconds")
     kernels.add_argument("--accuracy", action="store_true", help="also the error of sampled rows against float64")
 
 
@@ -74,7 +75,7 @@ def _kernels(args: argparse.Namespace) -> None:
     out = args.out or root(device.type == "cuda") / "kernels.csv"
     found = []
     print(kernels.HEADER)
-    for row in kernels.measure(device, shapes, names, args.repeats, args.accuracy):
+    for row in kernels.measure(device, shapes, names, args.repeats, args.accuracy, args.rest):
         found.append(row)
         print(kernels.line(row), flush=True)
         write_text(out, kernels.table(found))  # after every row: a run takes minutes

@@ -6,7 +6,8 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from statistics import median
+from functools import partial
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hires.errors import HiresError, unknown
 from hires.speed import contenders
 from hires.speed.inputs import Inputs, rows, sample, turns
 from hires.speed.shapes import Shape, choose
-from hires.speed.timing import failure, milliseconds
+from hires.speed.timing import Sensors, failure, milliseconds, rested
 
 COLUMNS = (
     "shape",
@@ -28,6 +29,9 @@ COLUMNS = (
     "ms_10",  # 10th and 90th percentile
     "ms_90",
     "repeats",
+    "ms_rested",  # --rest: mean of the fastest 5 calls in a row after 2 seconds without work
+    "sm_mhz",  # mean clock of the multiprocessors and power while the calls ran
+    "power_w",
     "tflop",  # needed by the method: dense attention for "dense", the shape's own for the others
     "tflop_per_s",
     "gb_per_s",  # of the pre-pass: what it reads and writes
@@ -61,7 +65,12 @@ def check(device: str, shapes: Sequence[str], names: Sequence[str]) -> tuple[tor
 
 
 def measure(
-    device: torch.device, shapes: Sequence[Shape], names: Sequence[str], repeats: int, accuracy: bool
+    device: torch.device,
+    shapes: Sequence[Shape],
+    names: Sequence[str],
+    repeats: int,
+    accuracy: bool,
+    rest: bool = False,
 ) -> Iterator[Row]:
     """One row for each shape, part, contender and configuration, as soon as it is known."""
     torch._logging.set_logs(dynamo=logging.ERROR)
@@ -80,6 +89,9 @@ def measure(
                     }
                     best = min(found, key=lambda configuration: found[configuration].get("ms", math.inf))
                     row |= {"configuration": ", ".join(filter(None, (how, best)))} | found[best]
+                    if rest and "ms" in row:
+                        with torch.no_grad(), contenders.attention(shape, name, device):
+                            row["ms_rested"] = rested(partial(_turn, alternatives[best], sets), device)
                     if accuracy and "ms" in row and _comparable(part, name, how):
                         if exact is None:
                             exact = rows(shape, part, first, torch.float64)
@@ -110,9 +122,10 @@ def _timed(
     """Times and rates, or the reason why there are none: a refusal or too little memory stops nothing."""
     _clear(device)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    sensors = Sensors(device)
     try:
         with torch.no_grad(), contenders.attention(shape, name, device):
-            times = milliseconds(lambda index: program(sets[index % len(sets)]), device, repeats, len(sets))
+            times = milliseconds(partial(_turn, program, sets), device, repeats, len(sets), sensors.read)
     except Exception as error:
         return {"reason": failure(error)}
     middle = median(times)
@@ -122,12 +135,20 @@ def _timed(
         "ms_90": times[-1 - len(times) // 10],
         "repeats": len(times),
     }
+    if sensors.clocks:
+        row["sm_mhz"] = fmean(sensors.clocks)
+    if sensors.powers:
+        row["power_w"] = fmean(sensors.powers)
     if device.type == "cuda":
         row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     if part == "prologue":
         return row | {"gb_per_s": _prologue_bytes(sets[0]) / middle / 1e6}
     tflop = shape.flop(part, dense=name == "dense") / 1e12
     return row | {"tflop": tflop, "tflop_per_s": tflop / middle * 1e3}
+
+
+def _turn(program: contenders.Program, sets: list[Inputs], index: int) -> Any:
+    return program(sets[index % len(sets)])
 
 
 def _sampled(shape: Shape, part: str, output: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -178,8 +199,8 @@ def table(found: Sequence[Row]) -> str:
 
 
 HEADER = (
-    f"{'shape':<17} {'part':<8} {'contender':<13} {'ms':>9} {'TFLOP':>8} {'TFLOP/s':>7} {'GB/s':>5} {'error':>7}"
-    "  configuration, or why there is no time"
+    f"{'shape':<17} {'part':<8} {'contender':<13} {'ms':>9} {'TFLOP':>8} {'TFLOP/s':>7} {'GB/s':>5} {'rested':>7}"
+    f" {'MHz':>5} {'W':>4} {'error':>7}  configuration, or why there is no time"
 )
 
 
@@ -191,5 +212,6 @@ def line(row: Row) -> str:
 
     start = f"{row['shape']:<17} {row['part']:<8} {row['contender']:<13}"
     rates = cell("tflop", 8, ".3g"), cell("tflop_per_s", 7, ".1f"), cell("gb_per_s", 5, ".0f")
+    state = cell("ms_rested", 7, ".3f"), cell("sm_mhz", 5, ".0f"), cell("power_w", 4, ".0f")
     end = row.get("reason") or row["configuration"]
-    return " ".join((start, cell("ms", 9, ".3f"), *rates, cell("error", 7, ".1e"), "", end)).rstrip()
+    return " ".join((start, cell("ms", 9, ".3f"), *rates, *state, cell("error", 7, ".1e"), "", end)).rstrip()
