@@ -14,13 +14,14 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 import hires
 from hires.attention import use_attention
+from hires.attention.flux import image_ids
 from hires.backbones import Backbone, Schedule, load
-from hires.backbones.flux import image_ids, pack, unpack
+from hires.backbones.flux import pack, unpack
 from hires.backbones.presets import CONFIGS
 from hires.cascade import base_latents, to_images
 from hires.errors import HiresError
 from hires.models import HINTS, build_pipeline
-from hires.settings import Sampling
+from hires.settings import Resolved, Sampling
 
 PROMPTS = ["three red cubes", "a blue ball on a green plane"]
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -249,7 +250,7 @@ def test_packing_is_diffusers():
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 12, 20))
     assert torch.equal(unpack(tokens, (12, 20)), latents)
     want = FluxPipeline._prepare_latent_image_ids(2, 6, 10, torch.device("cpu"), torch.float32)
-    assert torch.equal(image_ids((12, 20), torch.device("cpu")), want)
+    assert torch.equal(image_ids((6, 10), torch.device("cpu")), want)
 
 
 def test_positions_are_those_of_flux2(klein):
@@ -271,12 +272,12 @@ def test_positions_are_those_of_flux2(klein):
     [(50, 400, 20), (30, 600, 18), (28, 340, 10), (4, 500, 2), (10, 1000, 10), (10, 50, 1), (7, 72, 1)],
 )
 def test_tau_gives_the_last_steps(flux, steps, tau, run):
-    assert flux.first_step(Sampling(num_inference_steps=steps, tau=tau)) == steps - run
+    assert flux.first_step(Sampling(num_inference_steps=steps, tau=tau).over(flux.defaults)) == steps - run
 
 
 def test_tau_without_a_step(flux):
     with pytest.raises(HiresError, match=r"tau = 40 of 10 steps .* from 50 to 1000"):
-        flux.first_step(Sampling(num_inference_steps=10, tau=40))
+        flux.first_step(Sampling(num_inference_steps=10, tau=40).over(flux.defaults))
 
 
 def test_first_sigma_of_a_flux_stage_is_the_papers(flux):
@@ -299,6 +300,21 @@ def test_first_sigma_of_a_flux2_stage(klein):
     schedule = klein.schedule(sampling, klein.latent_size(1024, 1024), first)
     assert schedule.sigmas[first] == pytest.approx(shift * 0.4 / (shift * 0.4 + 0.6), abs=1e-5)
     assert (first, schedule.sigmas[first]) == (30, pytest.approx(0.834, abs=1e-3))
+
+
+def test_settings_over_defaults_state_what_every_image_needs(flux):
+    given = Sampling(tau=300, stage_guidance_scale=4.5, stage_shift=2.0).over(Sampling(num_inference_steps=10))
+    assert type(given) is Sampling and given.guidance_scale is None
+    resolved = given.over(flux.defaults)
+    assert type(resolved) is Resolved and resolved.guidance_scale == flux.defaults.guidance_scale
+    base, first, later = resolved.at_base(), resolved.above_base(strength=0.5), resolved.above_base()
+    assert (base.guidance_scale, base.stage_shift) == (resolved.guidance_scale, None)
+    assert [(s.guidance_scale, s.stage_shift, s.stage_steps()) for s in (first, later)] == [
+        (4.5, 2.0, 5),
+        (4.5, 2.0, 3),
+    ]
+    with pytest.raises(HiresError, match="setting num_inference_steps"):
+        Resolved.of(guidance_scale=1.0)
 
 
 def load_config_only(name):
@@ -548,9 +564,10 @@ def test_random_weights_without_text_encoders(folder):
         index[part] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
     backbone = load(folder, device="cpu", weights="random")
-    one = backbone.encode_prompt(["a", "b"], Sampling(max_sequence_length=8))
+    sampling = Sampling(max_sequence_length=8).over(backbone.defaults)
+    one = backbone.encode_prompt(["a", "b"], sampling)
     assert {name: tuple(t.shape) for name, t in one.items()} == {"prompt_embeds": (2, 8, 128), "pooled": (2, 128)}
-    assert torch.equal(one["pooled"][1:], backbone.encode_prompt(["b"], Sampling(max_sequence_length=8))["pooled"])
+    assert torch.equal(one["pooled"][1:], backbone.encode_prompt(["b"], sampling)["pooled"])
     assert not torch.equal(one["pooled"][0], one["pooled"][1])
 
 

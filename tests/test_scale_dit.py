@@ -8,7 +8,8 @@ from peft import LoraConfig
 
 from hires.additions.adapters import adapter_switched
 from hires.attention import Guidance, low_resolution_pass, use_attention
-from hires.attention.scale_dit import anchors, low_resolution_radius
+from hires.attention.flux import image_ids
+from hires.attention.scale_dit import low_resolution_radius
 from hires.backbones import Backbone
 from hires.backbones.flux import pack
 from hires.cascade import cascade
@@ -172,7 +173,7 @@ def test_cached_keys_are_those_of_the_joint_sequence(pipe, grid, low_grid, form)
         guidance = low_resolution_pass(
             model, low, pooled, low_size=low_size, size=size, scaled=scaled, order=order, **form
         )
-    ids = anchors(grid, grid, True, torch.device("cpu"))
+    ids = image_ids(grid, torch.device("cpu"))
     with (
         adapter_switched(model, "scale-dit", False),
         use_attention(
@@ -199,7 +200,7 @@ def test_low_resolution_reach_follows_the_ratio():
     assert low_resolution_radius(None, 16, (64, 64), (32, 32)) == 4  # a window counts as twice its radius
     with pytest.raises(HiresError, match="radius 8 and window 16: scale_dit needs one of the two"):
         low_resolution_radius(8, 16, (64, 64), (32, 32))
-    ids = anchors((2, 3), (8, 12), True, torch.device("cpu"))
+    ids = image_ids((2, 3), torch.device("cpu"), (8, 12))
     assert ids.tolist() == [[0, 4.0 * i, 4.0 * j] for i in range(2) for j in range(3)]
 
 
@@ -228,7 +229,7 @@ def test_an_adapter_is_switched_alone_and_comes_back(pipe):
     inputs = {
         "hidden_states": torch.randn(1, 64, 64), "encoder_hidden_states": torch.randn(1, 4, 128),
         "pooled_projections": torch.randn(1, 128), "timestep": torch.rand(1), "guidance": torch.ones(1),
-        "img_ids": anchors((8, 8), (8, 8), True, torch.device("cpu")), "txt_ids": torch.zeros(4, 3),
+        "img_ids": image_ids((8, 8), torch.device("cpu")), "txt_ids": torch.zeros(4, 3),
         "return_dict": False,
     }  # fmt: skip
     plain = model(**inputs)[0]

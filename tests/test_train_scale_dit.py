@@ -97,7 +97,7 @@ def batch_of(n=2, side=16, low=4, seed=0):
 def test_the_loss_is_that_of_the_velocity_which_inference_predicts(backbone):
     """The stage loop's own calls, one image at a time, at the same noise."""
     with_lora(backbone)
-    batch, sampling = batch_of(), recipe().sampling
+    batch, sampling = batch_of(), recipe().sampling.over(backbone.defaults)
     terms = []
     for i in range(2):
         z, low, noise, t, embeds, pooled = (x[i : i + 1] for x in batch)

@@ -9,7 +9,7 @@ import functools
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
 from hires.methods.lfm import latent_frequency_mixing
 from hires.methods.multidiffusion import multidiffusion
-from hires.settings import Sampling
+from hires.settings import Resolved, Sampling
 from hires.sizes import Size, check_multiple, stage_sizes
 from hires.variants import Variant
 
@@ -114,33 +114,81 @@ def seed_stage(generators: Sequence[Generator], seeds: Sequence[int], stage: int
         generator.manual_seed(int(mixed) & (2**63 - 1) if stage else seed)
 
 
-def _predictor(
-    backbone: Backbone,
-    schedule: Schedule,
-    conditioning: Conditioning,
-    sampling: Sampling,
-    variant: Variant,
-    view: Size,
-    told_size: Size,
-    control: Control | None,
-) -> Callable[[Tensor, int], Tensor]:
+@dataclass(frozen=True)
+class Run:
+    """What a batch of n images is made with: the same at every stage, but for variant and sampling.
+
+    Attributes:
+        variant, sampling: the base is run with a plain variant, and has a guidance scale of its own.
+        base_size: in latent pixels: the window of attention, MultiDiffusion's view, and what FLUX's shift follows.
+        generators: one per image, on the CPU, for every random number.
+        conditioning, extras: what the model is told of the n images, and what its ControlNets are shown.
+    """
+
+    backbone: Backbone
+    variant: Variant
+    sampling: Resolved
+    base_size: Size
+    generators: Sequence[Generator]
+    conditioning: Conditioning
+    extras: Extras = NO_EXTRAS
+    callback: Callback | None = None
+
+    @property
+    def adapter(self) -> str:
+        """The LoRA that is on for Scale-DiT's low-resolution image and off for everything else."""
+        return self.variant.adapter or SCALE_DIT
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents (n, C, h, w) of images (n, 3, H, W) in [−1, 1]."""
+        return self.backbone.encode(pixels, self.generators, self.sampling.posterior, self.sampling.vae_tiling)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (n, 3, H, W) in [−1, 1] of clean latents (n, C, h, w)."""
+        return self.backbone.decode(latents, self.sampling.vae_tiling)
+
+    def enlarge(self, pixels: Tensor, size: Size) -> Tensor:
+        """Images (n, 3, *size), sharpened where the variant says so."""
+        return sharpen(resize(pixels, size, self.sampling.upsampling), self.variant.sharpening)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What the steps of one stage begin with, and what they see.
+
+    Attributes:
+        latents: noisy (n, C, h, w), as the schedule's first step sees them.
+        control: what the ControlNets see, or None; they have the variant's attention as well.
+        guides: change the model's output, one after the other.
+        low: what Scale-DiT's steps see of the low-resolution image, or None.
+    """
+
+    latents: Tensor
+    schedule: Schedule
+    control: Control | None
+    guides: Sequence[Guide] = ()
+    low: Guidance | None = None
+
+
+def _predictor(run: Run, start: _Start) -> Callable[[Tensor, int], Tensor]:
     """(latents, step) -> model output: one call on the whole canvas, or the mean over MultiDiffusion's views."""
-    if variant.views == "none":
-        return lambda latents, step: backbone.predict(
-            latents, schedule, step, conditioning, sampling, told_size, control
-        )
+    backbone, sampling, view = run.backbone, run.sampling, run.base_size
+    canvas = (start.latents.shape[2], start.latents.shape[3])
+    told = view if sampling.time_ids == "base" else canvas
+    told_size = (told[0] * backbone.scale, told[1] * backbone.scale)
+
+    def on_canvas(latents: Tensor, step: int) -> Tensor:
+        return backbone.predict(latents, start.schedule, step, run.conditioning, sampling, told_size, start.control)
 
     def on_views(latents: Tensor, step: int) -> Tensor:
-        canvas = (latents.shape[2], latents.shape[3])
-
         def predict(crops: Tensor, images: Tensor, places: list[tuple[int, int, int]]) -> Tensor:
-            rows = {name: value[images] for name, value in conditioning.items()}
-            seen = None if control is None else control.views(places, view, canvas)
-            return backbone.predict(crops, schedule, step, rows, sampling, told_size, seen)
+            rows = {name: value[images] for name, value in run.conditioning.items()}
+            seen = None if start.control is None else start.control.views(places, view, canvas)
+            return backbone.predict(crops, start.schedule, step, rows, sampling, told_size, seen)
 
         return multidiffusion(predict, latents, view, sampling.view_overlap, sampling.view_batch)
 
-    return on_views
+    return on_canvas if run.variant.views == "none" else on_views
 
 
 def attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
@@ -158,7 +206,7 @@ def attention_options(variant: Variant, sampling: Sampling) -> dict[str, Any]:
 
 
 def _check_stages(
-    backbone: Backbone, variant: Variant, sampling: Sampling, sizes: Sequence[Size], base_size: Size
+    backbone: Backbone, variant: Variant, sampling: Resolved, sizes: Sequence[Size], base_size: Size
 ) -> None:
     """Refuse an attention or a filter that doesn't fit one of the stages, before any work; sizes in latent pixels."""
     options = attention_options(variant, sampling)
@@ -172,119 +220,97 @@ def _check_stages(
                         pass
         for used, factor in ((variant.lfm, sampling.lfm_factor), (variant.sg, sampling.sg_factor)):
             if used:
-                low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor or 1.0)
+                low_pass(torch.zeros(1, 1, *size), sampling.low_pass, factor)
         if variant.attention == "scale_dit" and sampling.lr_keys:
             _low_size(size, sampling)
 
 
-def _denoise(
-    backbone: Backbone,
-    latents: Tensor,
-    schedule: Schedule,
-    conditioning: Conditioning,
-    sampling: Sampling,
-    variant: Variant,
-    generators: Sequence[Generator],
-    name: str,
-    base_size: Size,
-    callback: Callback | None = None,
-    guides: Sequence[Guide] = (),
-    low: Guidance | None = None,
-    control: Control | None = None,
-) -> Tensor:
-    """Run a stage's steps: clean latents of noisy ones. `base_size` in latent pixels: the window, and the view.
-
-    `guides` change the model's output, one after the other. `low`: what Scale-DiT's steps see of the low-resolution
-    image, or None. `control`: what the ControlNets see, or None; they have the variant's attention as well.
-    """
+def _denoise(run: Run, name: str, start: _Start) -> Tensor:
+    """Run the steps of the stage `name`: clean latents."""
+    backbone, variant, sampling, base_size = run.backbone, run.variant, run.sampling, run.base_size
+    latents, schedule = start.latents, start.schedule
     size = (latents.shape[2], latents.shape[3])
     first, steps = schedule.first, schedule.num_inference_steps - schedule.first
-    told_latents = base_size if sampling.time_ids == "base" else size
-    told_size = (told_latents[0] * backbone.scale, told_latents[1] * backbone.scale)
-    predict = _predictor(backbone, schedule, conditioning, sampling, variant, base_size, told_size, control)
+    predict = _predictor(run, start)
     options = attention_options(variant, sampling)
-    if low is not None:
-        options["guidance"] = low
+    if start.low is not None:
+        options["guidance"] = start.low
     # A view has the base's size, so the model's own attention is right for it.
     canvas = size if variant.views == "none" else base_size
     with contextlib.ExitStack() as contexts:
         contexts.enter_context(backbone.full_precision())
-        contexts.enter_context(adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=False))
+        contexts.enter_context(adapter_switched(backbone.model, run.adapter, on=False))
         handles = []
-        for model in (backbone.model, *(backbone.controlnets if control else ())):
+        for model in (backbone.model, *(backbone.controlnets if start.control else ())):
             if variant.attention == "npa" and sampling.random_shift:  # a table of steps and layers, before the loop
                 layers = scaled(attention_layers(model, size, base_size), sampling.window_scale)
-                options["shifts"] = draw_shifts(generators, steps, layers, sampling.window_overlap)
+                options["shifts"] = draw_shifts(run.generators, steps, layers, sampling.window_overlap)
             handles.append(
                 contexts.enter_context(use_attention(model, variant.attention, canvas, base_size, **options))
             )
         if sampling.linears == "fp8":
             contexts.enter_context(fp8_linears(backbone.model))
         contexts.enter_context(step_cache(backbone.model, sampling.step_cache, steps))
-        contexts.enter_context(divided(backbone.model, variant, sampling, canvas, base_size, control is not None))
+        contexts.enter_context(divided(backbone.model, variant, sampling, canvas, base_size, start.control is not None))
         for step in range(first, schedule.num_inference_steps):
             for handle in handles:
                 handle.step = step - first
             output = predict(latents, step)
-            for guide in guides:
+            for guide in start.guides:
                 output = guide(output, latents, step)
-            latents = schedule.step(output, latents, step, generators)
-            if callback is not None:
-                callback(name, step - first + 1, steps, latents)
+            latents = schedule.step(output, latents, step, run.generators)
+            if run.callback is not None:
+                run.callback(name, step - first + 1, steps, latents)
     return latents
 
 
-def _from_noise(
-    backbone: Backbone,
-    conditioning: Conditioning,
-    sampling: Sampling,
-    variant: Variant,
-    generators: Sequence[Generator],
-    name: str,
-    size: Size,
-    base_size: Size,
-    callback: Callback | None,
-    extras: Extras,
-) -> Tensor:
-    """Clean latents of `size` from pure noise over the whole schedule; sizes in latent pixels."""
-    schedule = backbone.schedule(sampling, base_size)
-    control = backbone.control(extras, (size[0] * backbone.scale, size[1] * backbone.scale), generators, sampling)
-    noise = backbone.noise(generators, size) * schedule.init_noise_sigma
-    return _denoise(
-        backbone,
-        noise,
-        schedule,
-        conditioning,
-        sampling,
-        variant,
-        generators,
-        name,
-        base_size,
-        callback=callback,
-        control=control,
-    )
+def _from_noise(run: Run, size: Size) -> _Start:
+    """Pure noise at `size` (pixels), and the whole schedule."""
+    backbone = run.backbone
+    schedule = backbone.schedule(run.sampling.at_base(), run.base_size)
+    control = backbone.control(run.extras, size, run.generators, run.sampling)
+    noise = backbone.noise(run.generators, backbone.latent_size(*size)) * schedule.init_noise_sigma
+    return _Start(noise, schedule, control)
 
 
-def _reference(
-    backbone: Backbone,
-    latents: Tensor,
-    enlarged: Callable[[], Tensor],
-    size: Size,
-    sampling: Sampling,
-    variant: Variant,
-    generators: Sequence[Generator],
-) -> Tensor:
+def _from_latents(run: Run, latents: Tensor, image: Tensor | None, size: Size) -> _Start:
+    """Clean latents enlarged to `size` (pixels) and noised to τ; with guides, and Scale-DiT's guidance.
+
+    All may ask for the picture of these latents: the user's own `image`, else it is decoded, once.
+    """
+
+    @functools.cache
+    def picture() -> Tensor:
+        return run.decode(latents) if image is None else image
+
+    @functools.cache
+    def enlarged() -> Tensor:
+        return run.enlarge(picture(), size)
+
+    backbone = run.backbone
+    schedule = backbone.schedule(run.sampling, run.base_size, backbone.first_step(run.sampling))
+    reference = _reference(run, latents, enlarged, size)
+    guided = Guided(run, schedule, reference, enlarged)
+    guides = [guide(guided) for name, guide in GUIDES.items() if getattr(run.variant, name)]
+    low = _low_resolution(run, latents, picture, size)
+    control = backbone.control(run.extras, size, run.generators, run.sampling)
+    noisy = schedule.add_noise(reference, backbone.noise(run.generators, backbone.latent_size(*size)))
+    return _Start(noisy, schedule, control, guides, low)
+
+
+def _reference(run: Run, latents: Tensor, enlarged: Callable[[], Tensor], size: Size) -> Tensor:
     """Z_ref at `size` (pixels): z_RU + LP(z_LU) − LP(z_RU) with LFM, else z_RU or z_LU alone.
 
     z_LU: the upsampled latents. z_RU: the encoding of the picture that is `enlarged`.
     """
-    latent_upsampled = resize(latents, backbone.latent_size(*size), sampling.upsampling)
-    if not variant.lfm and sampling.reference == "latent":
+    sampling = run.sampling
+    latent_upsampled = resize(latents, run.backbone.latent_size(*size), sampling.upsampling)
+    if not run.variant.lfm and sampling.reference == "latent":
         return latent_upsampled
-    rgb_upsampled = backbone.encode(enlarged(), generators, sampling.posterior, sampling.vae_tiling)
-    if not variant.lfm:
+    rgb_upsampled = run.encode(enlarged())
+    if not run.variant.lfm:
         return rgb_upsampled
-    return latent_frequency_mixing(latent_upsampled, rgb_upsampled, sampling.low_pass, sampling.lfm_factor or 1.0)
+    return latent_frequency_mixing(latent_upsampled, rgb_upsampled, sampling.low_pass, sampling.lfm_factor)
 
 
 def _low_size(size: Size, sampling: Sampling) -> Size:
@@ -298,60 +324,20 @@ def _low_size(size: Size, sampling: Sampling) -> Size:
     return int(low[0]), int(low[1])
 
 
-def _low_resolution(
-    backbone: Backbone,
-    latents: Tensor,
-    picture: Callable[[], Tensor],
-    size: Size,
-    conditioning: Conditioning,
-    sampling: Sampling,
-    variant: Variant,
-    generators: Sequence[Generator],
-) -> Guidance | None:
-    """One pass over the image that guides a Scale-DiT stage of `size` (latent pixels), with the adapter on.
+def _low_resolution(run: Run, latents: Tensor, picture: Callable[[], Tensor], size: Size) -> Guidance | None:
+    """One pass over the image that guides a Scale-DiT stage of `size` (pixels), with the adapter on.
 
     That image is the stage's input, resized where its side isn't that of the stage over lr_ratio.
     """
-    if variant.attention != "scale_dit" or not sampling.lr_keys:
+    backbone, sampling = run.backbone, run.sampling
+    if run.variant.attention != "scale_dit" or not sampling.lr_keys:
         return None
-    low = _low_size(size, sampling)
-    if tuple(latents.shape[2:]) != low:
-        reduced = resize(picture(), (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling)
-        latents = backbone.encode(reduced, generators, sampling.posterior, sampling.vae_tiling)
-    with adapter_switched(backbone.model, variant.adapter or SCALE_DIT, on=sampling.lr_adapter):
-        return backbone.low_resolution_guidance(latents, size, conditioning, sampling)
-
-
-def _stage_inputs(
-    backbone: Backbone,
-    latents: Tensor,
-    image: Tensor | None,
-    size: Size,
-    conditioning: Conditioning,
-    sampling: Sampling,
-    variant: Variant,
-    generators: Sequence[Generator],
-    schedule: Schedule,
-) -> tuple[Tensor, list[Guide], Guidance | None]:
-    """Z_ref, guides and Scale-DiT's guidance of a stage of `size` (pixels) that begins with `latents`.
-
-    All may ask for the picture of these latents: the user's own, else it is decoded, once.
-    """
-
-    @functools.cache
-    def picture() -> Tensor:
-        return backbone.decode(latents, sampling.vae_tiling) if image is None else image
-
-    @functools.cache
-    def enlarged() -> Tensor:
-        return sharpen(resize(picture(), size, sampling.upsampling), variant.sharpening)
-
-    reference = _reference(backbone, latents, enlarged, size, sampling, variant, generators)
-    guided = Guided(backbone, schedule, sampling, generators, reference, enlarged)
-    guides = [guide(guided) for name, guide in GUIDES.items() if getattr(variant, name)]
     latent_size = backbone.latent_size(*size)
-    low = _low_resolution(backbone, latents, picture, latent_size, conditioning, sampling, variant, generators)
-    return reference, guides, low
+    low = _low_size(latent_size, sampling)
+    if tuple(latents.shape[2:]) != low:
+        latents = run.encode(resize(picture(), (low[0] * backbone.scale, low[1] * backbone.scale), sampling.upsampling))
+    with adapter_switched(backbone.model, run.adapter, on=sampling.lr_adapter):
+        return backbone.low_resolution_guidance(latents, latent_size, run.conditioning, sampling)
 
 
 def _check(
@@ -359,7 +345,7 @@ def _check(
     prompts: Sequence[str],
     seeds: Sequence[int],
     variant: Variant,
-    sampling: Sampling,
+    sampling: Resolved,
     extras: Extras,
 ) -> None:
     backbone.check_extras(extras)
@@ -367,7 +353,7 @@ def _check(
         raise HiresError(
             "a ControlNet has no keys of the low-resolution image that scale_dit needs: choose another variant"
         )
-    if variant.attention == "scale_dit" and (sampling.true_cfg_scale or 0) > 1:
+    if variant.attention == "scale_dit" and sampling.true_guidance > 1:
         raise HiresError("true_cfg_scale: the low-resolution pass of scale_dit sees one prompt: leave it out")
     if len(prompts) != len(seeds):
         raise HiresError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt")
@@ -441,11 +427,8 @@ def cascade(
     prompts = list(prompts)
     backbone.check_settings(sampling)
     sampling = sampling.over(backbone.defaults)
-    full = sampling.model_copy(update={"stage_shift": None})  # of a whole schedule, from noise
     _check(backbone, prompts, seeds, variant, sampling, extras)
-    generators = [Generator() for _ in seeds]
-    seed_stage(generators, seeds, 0)
-
+    above, first = sampling.above_base(), sampling.above_base(strength)
     if variant.start == "noise":
         if base is not None or image is not None or strength is not None:
             raise HiresError(
@@ -453,85 +436,52 @@ def cascade(
                 "choose one that starts from the base"
             )
         check_multiple(height, width, backbone.size_multiple)
-        window = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
-        size = backbone.latent_size(height, width)
-        _check_stages(backbone, variant, sampling, [size], window)
-        with Meter(backbone.device) as cost:
-            conditioning = backbone.conditioning(prompts, sampling, extras)
-            latents = _from_noise(
-                backbone, conditioning, full, variant, generators, "noise", size, window, callback, extras
-            )
-        steps = sampling.num_inference_steps or 1
-        yield Stage("noise", height, width, latents, None, steps, cost.seconds, cost.peak_bytes)
-        return
-
-    sizes = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple, variant.stages)
-    base_size = backbone.latent_size(*sizes[0])
-    _check_given(backbone, base, image, strength, len(prompts), sizes[0])
-    stage_sampling = sampling
-    if strength is not None:
-        stage_sampling = Sampling.of(tau=1000 * strength).over(sampling)
-    if variant.denoise and len(sizes) > 1:  # refuse what a later stage would, before any work
-        for settings in (stage_sampling, sampling):
-            backbone.first_step(settings)
-        _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in sizes[1:]], base_size)
-
+        name, opening, sizes = "noise", variant, [(height, width)]
+        base_size = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
+        denoised = sizes
+    else:
+        name, opening = "base", Variant(adapter=variant.adapter)
+        sizes = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple, variant.stages)
+        base_size = backbone.latent_size(*sizes[0])
+        denoised = sizes[1:] if variant.denoise else []
+        _check_given(backbone, base, image, strength, len(prompts), sizes[0])
+        for settings in (first, above) if denoised else ():
+            settings.stage_steps()
+    if denoised:  # refuse what a later stage would, before any work
+        _check_stages(backbone, variant, sampling, [backbone.latent_size(*size) for size in denoised], base_size)
     if variant.adapter:
         backbone.require_adapter(variant.adapter)
-    steps, plain = 0, Variant(adapter=variant.adapter)
+
+    generators = [Generator() for _ in seeds]
+    seed_stage(generators, seeds, 0)
+    steps = 0
     with Meter(backbone.device) as cost:
         conditioning = backbone.conditioning(prompts, sampling, extras)
+        run = Run(backbone, opening, sampling, base_size, generators, conditioning, extras, callback)
         if image is not None:
             image = image.to(backbone.device)
-            latents = backbone.encode(image, generators, sampling.posterior, sampling.vae_tiling)
+            latents = run.encode(image)
         elif base is not None:
             latents = base.to(backbone.device, torch.float32)
         else:
-            steps = sampling.num_inference_steps or 1
-            latents = _from_noise(
-                backbone, conditioning, full, plain, generators, "base", base_size, base_size, callback, extras
-            )
-    yield Stage("base", *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
+            steps = sampling.num_inference_steps
+            latents = _denoise(run, name, _from_noise(run, sizes[0]))
+    yield Stage(name, *sizes[0], latents, image, steps, cost.seconds, cost.peak_bytes)
 
-    guided = sampling
-    if sampling.stage_guidance_scale is not None:
-        guided = Sampling.of(guidance_scale=sampling.stage_guidance_scale).over(sampling)
+    run = replace(run, variant=variant, sampling=first)
     for index, size in enumerate(sizes[1:], 1):
         if not variant.denoise:
             with Meter(backbone.device) as cost:
-                pixels = backbone.decode(latents, sampling.vae_tiling) if image is None else image
-                pixels = sharpen(resize(pixels, size, sampling.upsampling), variant.sharpening)
+                pixels = run.enlarge(run.decode(latents) if image is None else image, size)
             yield Stage("upsample", *size, None, pixels, 0, cost.seconds, cost.peak_bytes)
             return
-        name = f"stage-{index}"
+        name, steps = f"stage-{index}", run.sampling.stage_steps()
         with Meter(backbone.device) as cost:
             seed_stage(generators, seeds, index)
-            first = backbone.first_step(stage_sampling)
-            schedule = backbone.schedule(sampling, base_size, first)
-            reference, guides, low = _stage_inputs(
-                backbone, latents, image, size, conditioning, sampling, variant, generators, schedule
-            )
-            control = backbone.control(extras, size, generators, sampling)
-            noisy = schedule.add_noise(reference, backbone.noise(generators, backbone.latent_size(*size)))
-            latents = _denoise(
-                backbone,
-                noisy,
-                schedule,
-                conditioning,
-                guided,
-                variant,
-                generators,
-                name,
-                base_size,
-                callback,
-                guides,
-                low,
-                control,
-            )
-            del guides, low, control  # gigabytes of keys, at 4096² and above
-        steps = schedule.num_inference_steps - first
+            # No name for the start: it would keep gigabytes of keys, at 4096² and above.
+            latents = _denoise(run, name, _from_latents(run, latents, image, size))
         yield Stage(name, *size, latents, None, steps, cost.seconds, cost.peak_bytes)
-        image, stage_sampling = None, sampling
+        image, run = None, replace(run, sampling=above)
 
 
 def _check_given(

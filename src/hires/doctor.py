@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import hires
 from hires.errors import HiresError
+from hires.files import ASSETS
 
 GIB = 2**30
 MEMORY, DISK = 2 * GIB, GIB  # of the embedded default: 1.8 GiB and 0.2 GiB, measured
@@ -241,7 +242,7 @@ def _attention(torch: Any, usable: bool) -> Iterator[Check]:
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _embedded(model: str, assets: Path = PACKAGE / "assets") -> Iterator[Check]:
+def _embedded(model: str, assets: Path = ASSETS) -> Iterator[Check]:
     """Whether an embedded model is whole: every part there, every weights file as long as its header states."""
     try:
         from safetensors import SafetensorError, safe_open

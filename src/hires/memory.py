@@ -269,7 +269,7 @@ def _told(stage: "Stage", seconds: list[float], backbone: "Backbone", uneven: bo
     published = 0
     if stage.steps:
         whole = stage.name in ("base", "noise")
-        published = (defaults.num_inference_steps if whole else defaults.stage_steps()) or 0
+        published = defaults.num_inference_steps if whole else defaults.stage_steps()
     step = median(seconds) if seconds else 0.0
     made = stage.latents if stage.latents is not None else stage.pixels
     assert made is not None

@@ -45,7 +45,7 @@ from hires.cascade import seed_stage
 from hires.errors import HiresError
 from hires.methods import latent_frequency_mixing, resize
 from hires.methods.sg import toward
-from hires.settings import Sampling
+from hires.settings import Resolved, Sampling
 
 Result = tuple[ModularPipeline, Any]
 
@@ -100,7 +100,7 @@ def _generators(given: Generator | Sequence[Generator] | None, batch: int) -> li
     return generators
 
 
-def _settings(backbone: Backbone, block_state: BlockState, names: Sequence[str]) -> Sampling:
+def _settings(backbone: Backbone, block_state: BlockState, names: Sequence[str]) -> Resolved:
     """Inputs that are settings, on top of the family's defaults."""
     given = {name: block_state[name] for name in names if block_state[name] is not None}
     return Sampling.of(**given).over(backbone.defaults)
@@ -171,7 +171,7 @@ class _LatentFrequencyMixing(_Family, ModularPipelineBlocks):
             resize(latents, backbone.latent_size(height, width), sampling.upsampling),
             backbone.encode(enlarged, generators, sampling.posterior, sampling.vae_tiling),
             sampling.low_pass,
-            sampling.lfm_factor or 1.0,
+            sampling.lfm_factor,
         )
         block_state.height, block_state.width = height, width
         self.set_block_state(state, block_state)

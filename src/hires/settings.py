@@ -1,10 +1,10 @@
 """Sampling settings: every number that shapes an image beside its model, prompt, seed, variant and size.
 
 A backbone family states its defaults (the papers' values); a model folder, the config and keyword arguments of
-`hires.generate` override them, in this order. `None` means "as the layer below says".
+`hires.generate` override them, in this order. `None` means "as the layer below says"; `Resolved` has every layer in it.
 """
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,8 @@ SCALE_DIT = (
 PRESETS: dict[str, dict[str, Any]] = {  # each setting where the model family has it
     "fast": {"linears": "fp8", "text_rows": "global", "step_cache": 3},
 }
+
+S = TypeVar("S", bound="Sampling")
 
 
 class Sampling(BaseModel):
@@ -117,13 +119,7 @@ class Sampling(BaseModel):
         """
         if self.num_inference_steps is None or self.tau is None:
             return None
-        count = int(self.num_inference_steps * self.tau / 1000 + 0.5)
-        if count < 1:
-            raise HiresError(
-                f"tau = {self.tau:g} of {self.num_inference_steps} steps leaves no step: give tau (strength: its "
-                f"thousandth) from {500 / self.num_inference_steps:.4g} to 1000, or more steps"
-            )
-        return count
+        return _stage_steps(self.num_inference_steps, self.tau)
 
     def local_attention(self) -> dict[str, Any]:
         """What both passes of Scale-DiT are told: radius or window, order, backend. A window replaces the radius."""
@@ -134,7 +130,49 @@ class Sampling(BaseModel):
             "backend": self.attention_backend,
         }
 
-    def over(self, base: "Sampling") -> "Sampling":
-        """These settings on top of `base`: a field that was given here and is not None wins."""
+    def over(self, base: S) -> S:
+        """These settings on top of `base`, resolved if it is: a field that was given here and is not None wins."""
         given = {k: v for k, v in self.model_dump(exclude_unset=True).items() if v is not None}
-        return Sampling.of(**{**base.model_dump(exclude_unset=True), **given})
+        return type(base).of(**{**base.model_dump(exclude_unset=True), **given})
+
+
+class Resolved(Sampling):
+    """Settings in which those that every image needs are stated: a model's defaults, or settings `over` them.
+
+    A field that may still be None is then off, or as its description says.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    tau: float
+    lfm_factor: float
+    sg_factor: float
+    gamma: Gamma
+
+    @property
+    def true_guidance(self) -> float:
+        """Weight of classifier-free guidance on FLUX.1; 1 is none."""
+        return 1.0 if self.true_cfg_scale is None else self.true_cfg_scale
+
+    def stage_steps(self) -> int:
+        return _stage_steps(self.num_inference_steps, self.tau)
+
+    def at_base(self) -> Self:
+        """Those of a whole schedule, from noise."""
+        return self.model_copy(update={"stage_shift": None})
+
+    def above_base(self, strength: float | None = None) -> Self:
+        """Those of a stage above the base; `strength`, in (0, 1], takes the place of τ/1000."""
+        guidance = self.guidance_scale if self.stage_guidance_scale is None else self.stage_guidance_scale
+        tau = self.tau if strength is None else 1000 * strength
+        return self.model_copy(update={"guidance_scale": guidance, "tau": tau})
+
+
+def _stage_steps(steps: int, tau: float) -> int:
+    count = int(steps * tau / 1000 + 0.5)
+    if count < 1:
+        raise HiresError(
+            f"tau = {tau:g} of {steps} steps leaves no step: give tau (strength: its thousandth) from "
+            f"{500 / steps:.4g} to 1000, or more steps"
+        )
+    return count

@@ -17,9 +17,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.library import custom_op
 
+from hires.attention.flux import image_ids
 from hires.attention.layers import Grid
 from hires.attention.npa import FluxNpaProcessor, NpaLayer
-from hires.attention.scale_dit import anchors
 from hires.errors import HiresError
 from hires.execution.parallel import active
 from hires.settings import Sampling
@@ -156,7 +156,7 @@ def divided(
     band, width = found[dist.get_rank()], grid[1]
     device = next(model.parameters()).device
     own = slice(band.first * width, band.last * width)
-    rope = transformer.pos_embed(anchors(grid, grid, True, device)[band.low * width : band.high * width])
+    rope = transformer.pos_embed(image_ids(grid, device)[band.low * width : band.high * width])
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         processor = block.attn.processor
         if type(processor) is not FluxNpaProcessor:

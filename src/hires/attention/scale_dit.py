@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from hires_kernels.orders import ORDERS
 from torch import Tensor, nn
 
-from hires.attention.flux import check_call, image_prompt_term, joint_projections
+from hires.attention.flux import check_call, image_ids, image_prompt_term, joint_projections
 from hires.attention.layers import AttentionHandle, Grid, Layer
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -152,17 +152,6 @@ def low_resolution_radius(radius: int | None, window: int | None, grid: Grid, lo
     return max(1, reach * max(low_grid) // max(grid))
 
 
-def anchors(low_grid: Grid, grid: Grid, scaled: bool, device: torch.device) -> Tensor:
-    """Scaled positional anchors (section 3.2): ids (tokens, 3) of the low-resolution tokens, (0, s·i, s·j).
-
-    `scaled` false leaves them at (0, i, j).
-    """
-    steps = [high / low if scaled else 1.0 for high, low in zip(grid, low_grid)]
-    rows, columns = (torch.arange(side, device=device) * step for side, step in zip(low_grid, steps))
-    places = torch.stack(torch.meshgrid(rows.float(), columns.float(), indexing="ij"), dim=-1)
-    return torch.cat([torch.zeros_like(places[..., :1]), places], dim=-1).flatten(0, 1)
-
-
 def low_resolution_pass(
     model: nn.Module,
     tokens: Tensor,
@@ -205,7 +194,7 @@ def low_resolution_pass(
             pooled_projections=pooled,
             timestep=torch.zeros(batch, device=device),
             guidance=torch.ones(batch, device=device) if transformer.config.guidance_embeds else None,
-            img_ids=anchors(low_grid, grid, scaled, device),
+            img_ids=image_ids(low_grid, device, grid if scaled else None),
             txt_ids=torch.zeros(0, 3, device=device),
             return_dict=False,
         )

@@ -19,7 +19,7 @@ from hires.backbones.schedule import Schedule
 from hires.errors import HiresError, unknown
 from hires.execution.parallel import shared_tiles
 from hires.files.untrusted import read_hints
-from hires.settings import PRESETS, Gamma, Sampling
+from hires.settings import PRESETS, Gamma, Resolved, Sampling
 
 Conditioning = dict[str, Tensor]  # every tensor has the batch first
 
@@ -107,14 +107,14 @@ class Backbone(ABC):
     def _trained_resolution(self) -> int: ...
 
     @abstractmethod
-    def _family_defaults(self) -> Sampling: ...
+    def _family_defaults(self) -> Resolved: ...
 
     @abstractmethod
-    def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+    def encode_prompt(self, prompts: list[str], sampling: Resolved) -> Conditioning:
         """Everything that the model is told beside latents, time and size, one row per prompt."""
 
     @abstractmethod
-    def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
+    def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """The schedule of a stage that starts at step `first`; base_size (latent pixels) sets FLUX's shift μ."""
 
     @abstractmethod
@@ -124,14 +124,14 @@ class Backbone(ABC):
         schedule: Schedule,
         step: int,
         conditioning: Conditioning,
-        sampling: Sampling,
+        sampling: Resolved,
         told_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
         """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
 
     def low_resolution_guidance(
-        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Sampling
+        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Resolved
     ) -> Guidance:
         """What Scale-DiT's steps at `size` (latent pixels) see of clean low-resolution `latents` (B, C, h, w)."""
         raise HiresError(
@@ -145,12 +145,12 @@ class Backbone(ABC):
         return {name: draw(generators, shape, self.device).to(self.dtype) for name, shape in shapes.items()}
 
     def control_maps(
-        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Resolved
     ) -> list[Tensor]:
         """What the ControlNets read of control images, at a size in pixels: one (n, C, h, w) each (see `Control`)."""
         raise HiresError(f"ControlNets of {self.family} models are not known here: leave the control image out")
 
-    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+    def image_prompts(self, extras: Extras, n: int, sampling: Resolved) -> Conditioning:
         """Embeddings of the IP-Adapters' images for n prompts, to go beside those of the text."""
         raise HiresError(f"IP-Adapters of {self.family} models are not known here: unload it")
 
@@ -214,14 +214,14 @@ class Backbone(ABC):
         """Raise HiresError unless the pipeline has a ControlNet and an IP-Adapter for these images, and just those."""
         extras.check(getattr(self.pipe, "controlnet", None), self.ip_adapters)
 
-    def conditioning(self, prompts: list[str], sampling: Sampling, extras: Extras = NO_EXTRAS) -> Conditioning:
+    def conditioning(self, prompts: list[str], sampling: Resolved, extras: Extras = NO_EXTRAS) -> Conditioning:
         """Text and image prompts together."""
         with self.full_precision():
             text = self.encode_prompt(prompts, sampling)
             return text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
 
     def control(
-        self, extras: Extras, size: tuple[int, int], generators: Sequence[Generator], sampling: Sampling
+        self, extras: Extras, size: tuple[int, int], generators: Sequence[Generator], sampling: Resolved
     ) -> Control | None:
         """What the ControlNets see at a stage of `size` (height, width) in pixels, for an image per generator."""
         if not extras.control_images:
@@ -283,11 +283,9 @@ class Backbone(ABC):
                 f"allowed: {', '.join(self.gammas)}"
             )
 
-    def first_step(self, sampling: Sampling) -> int:
+    def first_step(self, sampling: Resolved) -> int:
         """Index of the first step of a stage: the last round(N·τ/1000) of N steps are run (paper: 20 of 50)."""
-        kept = sampling.stage_steps()
-        assert kept is not None and sampling.num_inference_steps is not None  # every family has defaults
-        return sampling.num_inference_steps - kept
+        return sampling.num_inference_steps - sampling.stage_steps()
 
     @torch.no_grad()
     def encode(

@@ -17,10 +17,11 @@ from torch import Generator, Tensor
 
 from hires.additions.extras import Control, Extras
 from hires.attention import Guidance, low_resolution_pass
+from hires.attention.flux import image_ids
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.settings import Sampling
+from hires.settings import Resolved, Sampling
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -35,16 +36,9 @@ def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
 
 
-def image_ids(size: tuple[int, int], device: torch.device) -> Tensor:
-    """(H/2 · W/2, 3) positions of the tokens of (H, W) latent pixels: 0, row, column. float32: bf16 ends at 256."""
-    rows, columns = (torch.arange(side // 2, device=device, dtype=torch.float32) for side in size)
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
-    return torch.cat([torch.zeros_like(grid[..., :1]), grid], dim=-1).flatten(0, 1)
-
-
-def flow_schedule(scheduler: Any, sampling: Sampling, first: int, mu: float, device: torch.device) -> Schedule:
+def flow_schedule(scheduler: Any, sampling: Resolved, first: int, mu: float, device: torch.device) -> Schedule:
     """σ from 1 to 1/N in even steps, shifted by exp μ, or by the stage_shift that is asked for."""
-    steps, shift = sampling.num_inference_steps or 1, sampling.stage_shift
+    steps, shift = sampling.num_inference_steps, sampling.stage_shift
     if shift and not scheduler.config.use_dynamic_shifting:
         raise HiresError("stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off)")
     return Schedule(
@@ -87,7 +81,7 @@ class Flux(PackedTransformer):
         "axes_dims_rope",
     )  # fmt: skip
 
-    def _family_defaults(self) -> Sampling:
+    def _family_defaults(self) -> Resolved:
         """ScaleDiff's FLUX.1-dev setting, but for the text length: the model's own 512 (theirs: 256).
 
         A transformer without guidance embedding is FLUX.1-schnell.
@@ -95,31 +89,27 @@ class Flux(PackedTransformer):
         schnell = {"num_inference_steps": 4, "guidance_scale": 0.0, "tau": 500, "max_sequence_length": 256}
         dev = {"num_inference_steps": 30, "guidance_scale": 3.5, "tau": 600, "max_sequence_length": 512}
         steps = dev if self.model.config.guidance_embeds else schnell
-        return Sampling.of(**steps, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma", local_radius=8)
+        return Resolved.of(**steps, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma", local_radius=8)
 
     def check_settings(self, sampling: Sampling) -> None:
         super().check_settings(sampling)
-        if sampling.negative_prompt and not self._true_guidance(sampling.over(self.defaults)):
+        if sampling.negative_prompt and sampling.over(self.defaults).true_guidance <= 1:
             raise HiresError(
                 f"negative_prompt = {sampling.negative_prompt!r} means nothing to distilled guidance: leave it out, or "
                 "set true_cfg_scale above 1, at twice the time"
             )
 
-    def _true_guidance(self, sampling: Sampling) -> bool:
-        return (sampling.true_cfg_scale or 0) > 1
-
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+    def encode_prompt(self, prompts: list[str], sampling: Resolved) -> Conditioning:
         names = ("prompt_embeds", "pooled")
-        negative_names = tuple(f"negative_{name}" for name in names) if self._true_guidance(sampling) else ()
+        negative_names = tuple(f"negative_{name}" for name in names) if sampling.true_guidance > 1 else ()
+        length: Any = sampling.max_sequence_length  # stated by every FLUX
         if self._without_text:
             config = self.model.config
-            length = sampling.max_sequence_length or 512
             shapes = ((length, config.joint_attention_dim), (config.pooled_projection_dim,))
             return self._random_text(prompts, dict(zip(names + negative_names, 2 * shapes, strict=False)))
 
         def embeddings(texts: list[str]) -> tuple[Tensor, Tensor]:
-            length = sampling.max_sequence_length
             return self.pipe.encode_prompt(texts, None, device=self.device, max_sequence_length=length)[:2]
 
         conditioning = dict(zip(names, embeddings([prompt + sampling.prompt_suffix for prompt in prompts])))
@@ -128,7 +118,7 @@ class Flux(PackedTransformer):
         return conditioning
 
     @torch.no_grad()
-    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+    def image_prompts(self, extras: Extras, n: int, sampling: Resolved) -> Conditioning:
         """Under true guidance the unconditional side sees a black image, as in the pipeline."""
 
         def embeddings(prefix: str, images: list[Any] | None, embeds: Sequence[Tensor] | None) -> Conditioning:
@@ -136,7 +126,7 @@ class Flux(PackedTransformer):
             return {f"{prefix}image_prompt_{index}": value for index, value in enumerate(found)}
 
         conditioning = embeddings("", extras.ip_adapter_images, extras.ip_adapter_image_embeds)
-        if self._true_guidance(sampling):
+        if sampling.true_guidance > 1:
             if self.pipe.image_encoder is None:
                 raise HiresError("true_cfg_scale beside an IP-Adapter needs its image encoder: load it with one")
             black = np.zeros((self.base_resolution, self.base_resolution, 3), dtype=np.uint8)
@@ -145,7 +135,7 @@ class Flux(PackedTransformer):
 
     @torch.no_grad()
     def control_maps(
-        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Resolved
     ) -> list[Tensor]:
         """Latents, but pixels for a ControlNet that has an input block of its own (XLabs)."""
         maps = []
@@ -157,7 +147,7 @@ class Flux(PackedTransformer):
                 maps.append(pixels.to(self.device))
         return maps
 
-    def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
+    def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count at every resolution (methods: at 4096² it would otherwise reach 11.5)."""
         config = self.pipe.scheduler.config
         tokens = base_size[0] * base_size[1] // 4
@@ -167,7 +157,7 @@ class Flux(PackedTransformer):
 
     @torch.no_grad()
     def low_resolution_guidance(
-        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Sampling
+        self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Resolved
     ) -> Guidance:
         return low_resolution_pass(
             self.model,
@@ -185,14 +175,14 @@ class Flux(PackedTransformer):
         schedule: Schedule,
         step: int,
         conditioning: Conditioning,
-        sampling: Sampling,
+        sampling: Resolved,
         told_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
         """Velocity. Positions are those of the tensor's own grid, so a MultiDiffusion view has them as in training."""
         batch, _, *size = latents.shape
         tokens = pack(latents).to(self.dtype)
-        guidance = torch.full((batch,), sampling.guidance_scale or 0.0, device=latents.device)
+        guidance = torch.full((batch,), sampling.guidance_scale, device=latents.device)
 
         def call(model: Any, config: Any, prefix: str = "", **more: Any) -> Any:
             """The transformer, or the ControlNets."""
@@ -204,7 +194,7 @@ class Flux(PackedTransformer):
                 pooled_projections=conditioning[f"{prefix}pooled"],
                 encoder_hidden_states=prompt_embeds,
                 txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
-                img_ids=image_ids((size[0], size[1]), latents.device),
+                img_ids=image_ids((size[0] // 2, size[1] // 2), latents.device),
                 return_dict=False,
                 **more,
             )
@@ -227,12 +217,11 @@ class Flux(PackedTransformer):
 
         with self.model.cache_context("cond"):
             output = velocity("")
-        weight = sampling.true_cfg_scale
-        if weight is None or not self._true_guidance(sampling):
+        if sampling.true_guidance <= 1:
             return output
         with self.model.cache_context("uncond"):
             negative = velocity("negative_")
-        return negative + weight * (output - negative)
+        return negative + sampling.true_guidance * (output - negative)
 
     def _control(self, control: Control, scales: list[float], batch: int) -> dict[str, Any]:
         """The arguments of the ControlNet alone, or lists of them for diffusers' wrapper of several."""

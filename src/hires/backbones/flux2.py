@@ -10,10 +10,11 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Generator, Tensor
 
 from hires.additions.extras import Control
+from hires.attention.flux import image_ids
 from hires.backbones.base import Conditioning, draw
-from hires.backbones.flux import PackedTransformer, flow_schedule, image_ids, pack, unpack
+from hires.backbones.flux import PackedTransformer, flow_schedule, pack, unpack
 from hires.backbones.schedule import Schedule
-from hires.settings import SCALE_DIT, Sampling
+from hires.settings import SCALE_DIT, Resolved
 
 
 class Flux2Klein(PackedTransformer):
@@ -32,37 +33,37 @@ class Flux2Klein(PackedTransformer):
         if pipe.config.is_distilled:
             self.without += ("guidance_scale", "stage_guidance_scale", "negative_prompt")
 
-    def _family_defaults(self) -> Sampling:
+    def _family_defaults(self) -> Resolved:
         """The model cards' steps and guidance. τ is the project's choice, on no image of these models yet: with the
         base's shift of exp 2.02 the last 20 of 50 steps start at σ = 0.83, as ScaleDiff's stages do on FLUX.1-dev.
         """
         steps = {"num_inference_steps": 50, "guidance_scale": 4.0, "tau": 400}
         if self.pipe.config.is_distilled:
             steps = {"num_inference_steps": 4, "guidance_scale": 1.0, "tau": 500}
-        return Sampling.of(**steps, max_sequence_length=512, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma")
+        return Resolved.of(**steps, max_sequence_length=512, lfm_factor=1 / 4, sg_factor=1 / 4, gamma="sigma")
 
-    def _guided(self, sampling: Sampling) -> bool:
-        return (sampling.guidance_scale or 0) > 1 and not self.pipe.config.is_distilled
+    def _guided(self, sampling: Resolved) -> bool:
+        return sampling.guidance_scale > 1 and not self.pipe.config.is_distilled
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+    def encode_prompt(self, prompts: list[str], sampling: Resolved) -> Conditioning:
         guided = self._guided(sampling)
+        length: Any = sampling.max_sequence_length  # stated by every FLUX
         if self._without_text:
-            shape = (sampling.max_sequence_length or 512, self.model.config.joint_attention_dim)
+            shape = (length, self.model.config.joint_attention_dim)
             names = ["prompt_embeds", "negative_prompt_embeds"] if guided else ["prompt_embeds"]
             return self._random_text(prompts, dict.fromkeys(names, shape))
         texts = {"prompt_embeds": [prompt + sampling.prompt_suffix for prompt in prompts]}
         if guided:
             texts["negative_prompt_embeds"] = [sampling.negative_prompt] * len(prompts)
-        length = sampling.max_sequence_length
         return {
             name: self.pipe.encode_prompt(text, device=self.device, max_sequence_length=length)[0]
             for name, text in texts.items()
         }
 
-    def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
+    def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count and the number of steps, at every resolution."""
-        mu = compute_empirical_mu(base_size[0] * base_size[1] // 4, sampling.num_inference_steps or 1)
+        mu = compute_empirical_mu(base_size[0] * base_size[1] // 4, sampling.num_inference_steps)
         return flow_schedule(self.pipe.scheduler, sampling, first, mu, self.device)
 
     def noise(self, generators: Sequence[Generator], size: tuple[int, int]) -> Tensor:
@@ -76,7 +77,7 @@ class Flux2Klein(PackedTransformer):
         schedule: Schedule,
         step: int,
         conditioning: Conditioning,
-        sampling: Sampling,
+        sampling: Resolved,
         told_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
@@ -84,7 +85,7 @@ class Flux2Klein(PackedTransformer):
         batch, _, *sides = latents.shape
         size = (sides[0], sides[1])
         tokens = pack(latents).to(self.dtype)
-        image = F.pad(image_ids(size, latents.device), (0, 1))
+        image = F.pad(image_ids((size[0] // 2, size[1] // 2), latents.device), (0, 1))
 
         def velocity(context: str, text: Tensor) -> Tensor:
             index = torch.arange(text.shape[1], device=latents.device, dtype=torch.float32)
@@ -103,7 +104,7 @@ class Flux2Klein(PackedTransformer):
         if not self._guided(sampling):
             return conditional
         unconditional = velocity("uncond", conditioning["negative_prompt_embeds"])
-        return unconditional + (sampling.guidance_scale or 0.0) * (conditional - unconditional)
+        return unconditional + sampling.guidance_scale * (conditional - unconditional)
 
     def _patch_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every channel of a 2×2 patch: the running ones of the VAE's batch norm."""

@@ -17,7 +17,7 @@ from hires.additions.extras import Control, Extras
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.settings import SCALE_DIT, Sampling
+from hires.settings import SCALE_DIT, Resolved
 
 
 class SDXL(Backbone):
@@ -51,9 +51,9 @@ class SDXL(Backbone):
     def _trained_resolution(self) -> int:
         return self.model.config.sample_size * self.scale
 
-    def _family_defaults(self) -> Sampling:
+    def _family_defaults(self) -> Resolved:
         """ScaleDiff's SDXL setting."""
-        return Sampling.of(
+        return Resolved.of(
             num_inference_steps=50,
             guidance_scale=7.5,
             tau=400,
@@ -62,15 +62,15 @@ class SDXL(Backbone):
             gamma="one_minus_alpha_bar",
         )
 
-    def _guided(self, sampling: Sampling) -> bool:
-        return (sampling.guidance_scale or 0) > 1
+    def _guided(self, sampling: Resolved) -> bool:
+        return sampling.guidance_scale > 1
 
-    def _ever_guided(self, sampling: Sampling) -> bool:
+    def _ever_guided(self, sampling: Resolved) -> bool:
         """At the base or above."""
-        return max(sampling.guidance_scale or 0, sampling.stage_guidance_scale or 0) > 1
+        return self._guided(sampling) or self._guided(sampling.above_base())
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], sampling: Sampling) -> Conditioning:
+    def encode_prompt(self, prompts: list[str], sampling: Resolved) -> Conditioning:
         """No negative prompt means what the pipeline makes of None: zeros, for SDXL-base."""
         guided = self._ever_guided(sampling)
         if self._without_text:
@@ -91,7 +91,7 @@ class SDXL(Backbone):
         return conditioning
 
     @torch.no_grad()
-    def image_prompts(self, extras: Extras, n: int, sampling: Sampling) -> Conditioning:
+    def image_prompts(self, extras: Extras, n: int, sampling: Resolved) -> Conditioning:
         guided = self._ever_guided(sampling)
         images, embeds = extras.ip_adapter_images, extras.ip_adapter_image_embeds
         for given in embeds or ():
@@ -107,7 +107,7 @@ class SDXL(Backbone):
         return conditioning
 
     def control_maps(
-        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Sampling
+        self, images: list[Any], size: tuple[int, int], n: int, generators: Sequence[Generator], sampling: Resolved
     ) -> list[Tensor]:
         preprocess = self.pipe.control_image_processor.preprocess
         return [
@@ -126,11 +126,11 @@ class SDXL(Backbone):
         if net.config.global_pool_conditions:
             raise HiresError("the ControlNet pools its residuals (global_pool_conditions), which is not known here")
 
-    def schedule(self, sampling: Sampling, base_size: tuple[int, int], first: int = 0) -> Schedule:
+    def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         prediction = self.pipe.scheduler.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
             raise HiresError(f"scheduler prediction_type {prediction!r}: allowed: epsilon, v_prediction")
-        return Schedule(self.pipe.scheduler, sampling.num_inference_steps or 1, first, prediction, self.device)
+        return Schedule(self.pipe.scheduler, sampling.num_inference_steps, first, prediction, self.device)
 
     def predict(
         self,
@@ -138,7 +138,7 @@ class SDXL(Backbone):
         schedule: Schedule,
         step: int,
         conditioning: Conditioning,
-        sampling: Sampling,
+        sampling: Resolved,
         told_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:

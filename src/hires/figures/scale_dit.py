@@ -223,13 +223,13 @@ def blocks(shares: pd.DataFrame, maps: Mapping[str, Tensor], side: int, pixels: 
 
 def anchor_places(grid: Grid, low_grid: Grid) -> Figure:
     """Where the LR tokens stand among the HR positions: with scaled positional anchors, and without."""
-    from hires.attention.scale_dit import anchors  # imports diffusers
+    from hires.attention.flux import image_ids  # imports diffusers
 
     rows, columns = (x.flatten() for x in np.mgrid[: grid[0], : grid[1]])
     with style():
         figure, (axes,) = panels(1, 2, 0.8 * PAGE_WIDTH / 2 * grid[0] / grid[1] + 0.7)
         for axis, scaled in zip(axes, (True, False)):
-            places = anchors(low_grid, grid, scaled, torch.device("cpu")).numpy()
+            places = image_ids(low_grid, torch.device("cpu"), grid if scaled else None).numpy()
             axis.grid(False)
             axis.plot(columns, rows, ".", color=_HIGH, alpha=0.4, markersize=3, label="HR token")
             axis.plot(places[:, 2], places[:, 1], "s", color=_LOW, markersize=5, label="LR token")

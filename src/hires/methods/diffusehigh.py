@@ -65,15 +65,13 @@ def guided_steps(sampling: Sampling, steps: int) -> int:
 def guide(stage: Guided) -> Guide:
     """DiffuseHigh's guidance of the first steps of a stage."""
     low = approximation(stage.enlarged())
-    backbone, schedule, sampling = stage.backbone, stage.schedule, stage.sampling
-    end = schedule.first + guided_steps(sampling, schedule.num_inference_steps - schedule.first)
+    run, schedule = stage.run, stage.schedule
+    end = schedule.first + guided_steps(run.sampling, schedule.num_inference_steps - schedule.first)
 
     def act(output: Tensor, latents: Tensor, step: int) -> Tensor:
         if step >= end:
             return output
-        pixels = backbone.decode(schedule.to_x0(output, latents, step), sampling.vae_tiling)
-        guided = wavelet_guidance(pixels, low)
-        x0 = backbone.encode(guided, stage.generators, sampling.posterior, sampling.vae_tiling)
-        return schedule.from_x0(x0, latents, step)
+        pixels = wavelet_guidance(run.decode(schedule.to_x0(output, latents, step)), low)
+        return schedule.from_x0(run.encode(pixels), latents, step)
 
     return act

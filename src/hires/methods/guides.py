@@ -1,15 +1,14 @@
 """Guides: what a field of `Variant` does to the model's output at every step of a stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Generator, Tensor
-
-from hires.settings import Sampling
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from hires.backbones import Backbone, Schedule
+    from hires.backbones import Schedule
+    from hires.cascade import Run
 
 Guide = Callable[[Tensor, Tensor, int], Tensor]  # (model output, noisy latents, step) -> model output
 
@@ -23,9 +22,7 @@ class Guided:
         enlarged: gives the picture that the stage begins with, (n, 3, H, W) in [−1, 1] at the stage's size.
     """
 
-    backbone: "Backbone"
+    run: "Run"
     schedule: "Schedule"
-    sampling: Sampling
-    generators: Sequence[Generator]
     reference: Tensor
     enlarged: Callable[[], Tensor]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hires.methods.frequency import low_pass
 from hires.methods.guides import Guide, Guided
-from hires.settings import Gamma, LowPass, Sampling
+from hires.settings import Gamma, LowPass, Resolved
 
 if TYPE_CHECKING:
     from hires.backbones import Schedule
@@ -44,13 +44,12 @@ def gamma(kind: Gamma, noise_shares: Sequence[float], first: int, step: int) -> 
 
 def guide(stage: Guided) -> Guide:
     """Structure Guidance of every step toward Z_ref."""
-    return toward(stage.reference, stage.schedule, stage.sampling)
+    return toward(stage.reference, stage.schedule, stage.run.sampling)
 
 
-def toward(reference: Tensor, schedule: "Schedule", sampling: Sampling) -> Guide:
+def toward(reference: Tensor, schedule: "Schedule", sampling: Resolved) -> Guide:
     """What every step of a stage does to the model's output, with the settings' weight and filter."""
     kind, factor, shares = sampling.gamma, sampling.sg_factor, schedule.noise_shares
-    assert kind is not None and factor is not None  # every family has defaults
     low = low_pass(reference, sampling.low_pass, factor)
 
     def act(output: Tensor, latents: Tensor, step: int) -> Tensor:

@@ -4,8 +4,8 @@
 Head dimension 32 throughout, so that the fused kernels serve them; one VAE serves both pipelines.
 """
 
+from hires.files import ASSETS
 from hires.models.tiny import (
-    ASSETS,
     BASE_RESOLUTION,
     DEGRADED,
     HINTS,

@@ -4,7 +4,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from transformers import (
 from hires.errors import unknown
 from hires.scenes import VOCABULARY
 
-ASSETS = Path(__file__).parent.parent / "assets"
 BASE_RESOLUTION = 128
 TEXT_TOKENS = 40
 # tiny-clip is taught these words before a caption, so that its features notice lost or false detail.

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from hires.config import BackboneEntry, Config
 from hires.errors import HiresError
 from hires.execution.oom import attempt
+from hires.files import ASSETS
 from hires.files.storage import digest, sha256
 
 if TYPE_CHECKING:
     from hires.backbones import Backbone
-
-ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def load(config: Config, backbone: str, device: str) -> "Backbone":

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from hires import layout
 from hires.config import BackboneEntry, Config, ImageSet
+from hires.files import ASSETS
 from hires.files.untrusted import read_hints
 from hires.methods.diffusehigh import guided_steps
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
-from hires.stages.models import ASSETS
 from hires.variants import Variant
 
 # Seconds on one CPU core, float32, one image: area in pixels -> seconds. A step of tiny-sdxl is two model calls (CFG);
@@ -91,8 +91,8 @@ def _image_row(config: Config, images: ImageSet) -> Row:
             else:
                 count = len(views((height // 8, width // 8), (view[0] // 8, view[1] // 8), sampling.view_overlap))
                 step = count * VIEW[entry.model]
-            guided = guided_steps(sampling, steps or 0) if variant.dwt else 0
-            seconds += (steps or 0) * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
+            guided = guided_steps(sampling, steps) if variant.dwt else 0
+            seconds += steps * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
             before = (height, width)
     flop = None
     if steps is not None and entry.model in ARCHITECTURES:
@@ -165,8 +165,9 @@ def _taus(config: Config) -> list[str]:
     for images in config.image_sets():
         variant = config.variants()[images.variant]
         sampling = _sampling(config, images.study, images.setting, images.backbone)
-        if variant.start == "base" and variant.denoise and (kept := sampling.stage_steps()) is not None:
-            steps = sampling.num_inference_steps or 1
+        if not (variant.start == "base" and variant.denoise):
+            continue
+        if (steps := sampling.num_inference_steps) and (kept := sampling.stage_steps()):
             key = f"{images.study}, {images.setting}, {images.backbone}"
             lines[key] = f"{key}: {steps} steps, τ {sampling.tau:g} → {kept} of {steps} ({kept / steps:.3f})"
     return list(lines.values())

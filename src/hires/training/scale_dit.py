@@ -31,14 +31,15 @@ from hires.additions.adapters import SCALE_DIT as ADAPTER
 from hires.additions.adapters import adapter_switched
 from hires.additions.lora import load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
+from hires.attention.flux import image_ids
 from hires.backbones import load
 from hires.backbones.base import Backbone
-from hires.backbones.flux import image_ids, pack, unpack
+from hires.backbones.flux import pack, unpack
 from hires.errors import HiresError, unknown
 from hires.files.storage import replacing, write_json
 from hires.generation import generate
 from hires.methods.frequency import resize
-from hires.settings import Sampling
+from hires.settings import Resolved, Sampling
 from hires.sizes import Size
 from hires.training.captioned import Pictures, Source, open_source, seed_of
 from hires.training.evaluate import contact_sheet
@@ -90,7 +91,7 @@ def velocity_loss(model: Any, batch: Batch, sampling: Sampling, adapter: str = A
             pooled_projections=batch.pooled,
             timestep=batch.t,
             guidance=torch.ones_like(batch.t) if model.config.guidance_embeds else None,
-            img_ids=image_ids(size, device),
+            img_ids=image_ids((size[0] // 2, size[1] // 2), device),
             txt_ids=torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
             return_dict=False,
         )[0]
@@ -234,7 +235,7 @@ class Encoded(NamedTuple):
 class Encoder:
     """Pictures to what a pass needs of them, by the frozen parts of a pipeline."""
 
-    def __init__(self, backbone: Backbone, recipe: Recipe, sampling: Sampling, low: Size, device: torch.device) -> None:
+    def __init__(self, backbone: Backbone, recipe: Recipe, sampling: Resolved, low: Size, device: torch.device) -> None:
         self.backbone, self.sampling, self.size, self.device = backbone, sampling, recipe.size, device
         self.low_size = low[0] * backbone.scale, low[1] * backbone.scale
         self.empty = backbone.encode_prompt([""], sampling)
