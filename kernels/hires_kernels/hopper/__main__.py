@@ -10,6 +10,8 @@ SHAPES = {  # grid, window, text tokens, batch, heads, head dim, dtype
     "FLUX, tiles of padding": ((96, 72), (38, 52), 256, 1, 2, 128, torch.bfloat16),
     "SDXL, window 64": ((128, 128), (64, 64), None, 2, 2, 64, torch.float16),
     "SDXL, window 32": ((128, 128), (32, 32), None, 2, 2, 64, torch.float16),
+    "FLUX, rising scores": ((128, 128), (64, 64), 512, 1, 2, 128, torch.bfloat16),
+    "SDXL, rising scores": ((128, 128), (64, 64), None, 2, 2, 64, torch.float16),
 }
 
 
@@ -22,6 +24,8 @@ def main() -> None:
             return packed.to("cuda", dtype).unbind(2)
 
         image, text = draw(grid[0] * grid[1]), None if text_tokens is None else draw(text_tokens)
+        if "rising" in name:  # maxima of rows grow by far more than `lazy_rescale` lets pass
+            image[1].mul_(torch.linspace(0, 8, grid[0] * grid[1], device="cuda").view(-1, 1, 1))
         angles = torch.rand(grid[0] * grid[1], dim // 2, generator=generator).repeat_interleave(2, 1) * 100
         rope = angles.cos().cuda(), angles.sin().cuda()
 
