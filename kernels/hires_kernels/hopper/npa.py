@@ -3,9 +3,10 @@
 One warp loads: K and V tiles of the window come by TMA straight out of the token grid, text tiles are further steps
 of the same loop. Two warpgroups of 64 query rows each multiply, and take turns: while one is in its softmax, the
 matrix unit is the other's. Within a warpgroup the scores of the next step are issued before the values of this one,
-so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). Or, where
-head dim 64 leaves registers, four warpgroups share each tile and overlap with each other alone. The grid is
+so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). The grid is
 persistent: barriers carry their phases from one item to the next, and loads run ahead across items.
+
+Two other launches take 256 rows to a load of K and V: `two_tiles` for each warpgroup, or four warpgroups.
 """
 
 from math import ceil
@@ -438,6 +439,39 @@ def _consume(
 
 
 @gluon.jit
+def _weighed(scores, top, total, sums, scale, PARTS: gl.constexpr, SUMS: gl.constexpr, LAZY: gl.constexpr):
+    """Weights of one step's scores, as operand of the product with the values; what was summed before, rescaled."""
+    higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
+    shrink = gl.exp2(top - higher)
+    sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
+    total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+    weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
+    total += _partial_sums(weights, PARTS)
+    return weights, higher, total, sums
+
+
+@gluon.jit
+def _finish(
+    PLACE: gl.constexpr, sums, top, total, queries, pointers, shape, found,
+    QUERIES: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, SUMS: gl.constexpr, OUTPUTS: gl.constexpr,
+):  # fmt: skip
+    """Divide by the sums of weights and write 64 rows."""
+    output, text_output, text_rows, text_logsums = pointers
+    batch, head, patch, tile, _, _, first_row, first_col, down, across = found
+    total = gl.sum(total, 1)
+    if TEXT_ONCE:
+        DIM: gl.constexpr = sums.shape[1]
+        rows, logsums = _text_alone(PLACE, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
+        sums = _with_text(sums, top, total, rows, logsums, SUMS)
+    else:
+        sums *= gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
+    _write(
+        PLACE, sums.to(queries.dtype), queries, output, text_output, shape,
+        batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _consume_in_turn(
     GROUP: gl.constexpr, rest,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
@@ -449,6 +483,7 @@ def _consume_in_turn(
     """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
     query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
     q_tiles, k_tiles, v_tiles, barriers, _ = rest[10:]
+    pointers = output, text_output, text_rows, text_logsums
     _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
@@ -495,13 +530,7 @@ def _consume_in_turn(
             if not FREE_TOGETHER:
                 mbarrier.arrive(k_free.index(stage))
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
-            shrink = gl.exp2(top - higher)
-            top = higher
-            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
-            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
-            weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
-            total += _partial_sums(weights, PARTS)
+            weights, top, total, sums = _weighed(scores, top, total, sums, scale, PARTS, SUMS, LAZY)
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             mbarrier.wait(v_ready.index(stage), phase)
@@ -510,18 +539,102 @@ def _consume_in_turn(
             mbarrier.arrive(v_free.index(stage))
             done += 1
 
-        total = gl.sum(total, 1)
-        batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
-        if TEXT_ONCE:
-            rows, logsums = _text_alone(GROUP, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
-            sums = _with_text(sums, top, total, rows, logsums, SUMS)
-        else:
-            sums *= gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
-        _write(
-            GROUP, sums.to(dtype), queries, output, text_output, shape,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
-        )  # fmt: skip
+        found = _item(item, shift, shape, SHIFTED)
+        _finish(GROUP, sums, top, total, queries, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
         buffer = 1 - buffer
+
+
+@gluon.jit
+def _consume_two(
+    GROUP: gl.constexpr, rest,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
+    STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
+):  # fmt: skip
+    """One of two warpgroups, for two tiles of 64 rows: while one is in its softmax, the other is multiplied."""
+    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
+    q_tiles, k_tiles, v_tiles, barriers, _ = rest[10:]
+    pointers = output, text_output, text_rows, text_logsums
+    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    k_ready, k_free, v_ready, v_free = barriers
+    KEYS: gl.constexpr = ROWS * COLS
+    ONE: gl.constexpr = 2 * GROUP
+    TWO: gl.constexpr = 2 * GROUP + 1
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PARTS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
+    dtype: gl.constexpr = q_tiles.dtype
+    no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
+    stride = gl.num_programs(0)
+
+    done = gl.to_tensor(0)
+    buffer = gl.to_tensor(0)
+    batch, head, patch, tile, _, _, row, col, down, across = _item(gl.program_id(0), shift, shape, SHIFTED)
+    _fetch_queries(
+        ONE, query, text_query, walks, shape, q_tiles.index(ONE),
+        batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
+    )  # fmt: skip
+    _fetch_queries(
+        TWO, query, text_query, walks, shape, q_tiles.index(TWO),
+        batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
+    )  # fmt: skip
+    for item in range(gl.program_id(0), items, stride):
+        queries1, queries2 = q_tiles.index(4 * buffer + ONE), q_tiles.index(4 * buffer + TWO)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        _synchronise()
+        batch, head, patch, tile, _, _, row, col, down, across = _item(item + stride, shift, shape, SHIFTED)
+        buffer = 1 - buffer
+        _fetch_queries(
+            ONE, query, text_query, walks, shape, q_tiles.index(4 * buffer + ONE),
+            batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
+        )  # fmt: skip
+        _fetch_queries(
+            TWO, query, text_query, walks, shape, q_tiles.index(4 * buffer + TWO),
+            batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
+        )  # fmt: skip
+
+        sums1, sums2 = gl.zeros([64, DIM], gl.float32, SUMS), gl.zeros([64, DIM], gl.float32, SUMS)
+        total1, total2 = gl.zeros([64, 4], gl.float32, PARTS), gl.zeros([64, 4], gl.float32, PARTS)
+        top1 = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        top2 = top1
+        _, _, _, tile, _, _, _, _, down, across = _item(item, shift, shape, SHIFTED)
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
+        for step in range(first_steps + last_steps):
+            stage, phase = done % K_STAGES, done // K_STAGES & 1
+            mbarrier.wait(k_ready.index(stage), phase)
+            keys = k_tiles.index(stage).reshape([KEYS, DIM]).permute((1, 0))
+            scores1 = warpgroup_mma(queries1, keys, no_scores, use_acc=False, is_async=True)
+            scores2 = warpgroup_mma(queries2, keys, no_scores, use_acc=False, is_async=True)
+            v_stage, v_phase = done % V_STAGES, done // V_STAGES & 1
+            mbarrier.wait(v_ready.index(v_stage), v_phase)
+            values = v_tiles.index(v_stage).reshape([KEYS, DIM])
+
+            scores1 = warpgroup_mma_wait(1, [scores1])
+            scores1 = _hide(scores1, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+            weights, top1, total1, sums1 = _weighed(scores1, top1, total1, sums1, scale, PARTS, SUMS, LAZY)
+            operand1 = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            sums1 = warpgroup_mma(operand1, values, sums1, is_async=True)
+
+            scores2 = warpgroup_mma_wait(1, [scores2])
+            if not FREE_TOGETHER:
+                mbarrier.arrive(k_free.index(stage))
+            scores2 = _hide(scores2, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+            weights, top2, total2, sums2 = _weighed(scores2, top2, total2, sums2, scale, PARTS, SUMS, LAZY)
+            operand2 = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            sums2 = warpgroup_mma(operand2, values, sums2, is_async=True)
+            sums1, sums2, operand1, operand2 = warpgroup_mma_wait(0, [sums1, sums2, operand1, operand2])
+            mbarrier.arrive(v_free.index(v_stage))
+            done += 1
+
+        found = _item(item, shift, shape, SHIFTED)
+        _finish(ONE, sums1, top1, total1, queries1, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
+        _finish(TWO, sums2, top2, total2, queries2, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
 
 
 @gluon.jit
@@ -532,11 +645,11 @@ def _attend(
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
     MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr,
-    TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
+    TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr, TWO_TILES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [2 * GROUPS, 64, DIM], q_layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [QUERIES // 32, 64, DIM], q_layout)
     k_tiles = gl.allocate_shared_memory(dtype, [K_STAGES, ROWS, COLS, DIM], key.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [V_STAGES, ROWS, COLS, DIM], value.layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
@@ -559,7 +672,24 @@ def _attend(
         query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
         q_tiles, k_tiles, v_tiles, barriers, turns,
     )  # fmt: skip
-    if GROUPS == 2:
+    if TWO_TILES:
+        gl.warp_specialize([
+            (_consume_two, (
+                0, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, STAGED, TEXT_ONCE,
+                FREE_TOGETHER, LAZY,
+            )),
+            (_consume_two, (
+                1, rest,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, STAGED, TEXT_ONCE,
+                FREE_TOGETHER, LAZY,
+            )),
+            (_produce, (
+                key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
+            )),
+        ], worker_num_warps=[4, 1], worker_num_regs=[240, 24])  # fmt: skip
+    elif GROUPS == 2:
         gl.warp_specialize([
             (_consume, (
                 0, rest,
@@ -618,9 +748,9 @@ def attend(
     batch, _, heads, dim = query.shape
     grid, window = patches.grid, patches.window
     launch = launches.launch("npa_gluon", dim, query.device)
-    groups = launch["groups"]
-    keys = 256 // groups  # of four warpgroups' registers
-    queries, tile = 64 * groups, tile_shape(window, keys)
+    groups, two_tiles = launch["groups"], launch["two_tiles"]
+    keys = 64 if groups == 4 or (two_tiles and dim == 128) else 128  # what registers hold
+    queries, tile = 128 if groups == 2 and not two_tiles else 256, tile_shape(window, keys)
 
     sources = [(x, grid, tile) for x in image[1:]]
     text_query, text_tokens, turned = query, 0, False
@@ -660,7 +790,7 @@ def attend(
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
         GROUPS=groups, PING_PONG=launch["ping_pong"], STAGED=launch["staged"], TEXT_ONCE=text_once,
-        FREE_TOGETHER=launch["free_together"], LAZY=launch["lazy_rescale"], num_warps=4,
+        FREE_TOGETHER=launch["free_together"], LAZY=launch["lazy_rescale"], TWO_TILES=launch["two_tiles"], num_warps=4,
     )  # fmt: skip
 
 
