@@ -144,9 +144,9 @@ def extract(
     torch.set_num_threads(before)
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     files = [file for part in lists for file in part]
-    different = sorted(set(prompts))
-    text, cut = (values.cpu() for values in clip.text(different))
-    rows = torch.tensor([different.index(prompt) for prompt in prompts])
+    different = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}
+    text, cut = (values.cpu() for values in clip.text(list(different)))
+    rows = torch.tensor([different[prompt] for prompt in prompts])
     tensors |= {"clip_text": text[rows], "cut": cut[rows]}
     if clip.photographs:
         tensors["clip_iqa"] = clip.quality(tensors["clip_image"]).cpu()
