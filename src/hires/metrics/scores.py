@@ -128,10 +128,10 @@ def score(images: Features, references: Features, settings: Metrics, table: pd.D
         references: one image of each prompt, or of most (addresses die); those of other prompts are left aside.
         table: what `per_image` gave.
     """
-    names = list(dict.fromkeys(images.ids))
+    names = {name: i for i, name in enumerate(dict.fromkeys(images.ids))}
     rows = {name: i for i, name in enumerate(references.ids)}
     there = [name for name in names if name in rows]
-    owners = torch.tensor([names.index(name) for name in there], dtype=torch.long)
+    owners = torch.tensor([names[name] for name in there], dtype=torch.long)
     return _Scorer(images, references.take([rows[name] for name in there]), owners, settings).all(table)
 
 
