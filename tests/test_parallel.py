@@ -115,3 +115,10 @@ def test_a_process_that_fails_ends_all_with_one_line(capfd, monkeypatch):
 def test_alone_nothing_is_joined():
     with parallel.joined("cpu") as device:
         assert device == "cpu" and not parallel.active() and parallel.first()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_of_several_is_known_before_they_are_joined(rank, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert parallel.first() == (rank == "0")

@@ -28,8 +28,10 @@ def active() -> bool:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes: the first of several, or the only one."""
-    return not active() or dist.get_rank() == 0
+    """Whether this process is the one that writes: the first of several, joined yet or not, or the only one."""
+    if active():
+        return dist.get_rank() == 0
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def launched() -> bool:

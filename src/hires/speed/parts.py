@@ -110,7 +110,7 @@ def measure(part: Part, speed: Speed, model: Model, device: torch.device, folder
         "rows": [],
         "complete": False,
     }
-    writes = os.environ.get("RANK", "0") == "0"  # the first of several processes
+    writes = parallel.first()
     for row in _rows(part, speed, model, device):
         found["rows"].append(row)
         found["total_seconds"] = time.perf_counter() - start
