@@ -115,9 +115,10 @@ def _accuracy(args: argparse.Namespace) -> None:
     if args.images < 2:
         raise HiresError(f"--images {args.images}: must be at least 2")
 
+    from hires.analysis.tables import markdown
     from hires.execution.devices import locked_device
     from hires.files.storage import write_text
-    from hires.speed import accuracy, summary
+    from hires.speed import accuracy
     from hires.speed.settings import ROOT, load_speed, root
 
     speed, found = load_speed(args.config), []
@@ -130,9 +131,9 @@ def _accuracy(args: argparse.Namespace) -> None:
             rows += [accuracy.outputs(name, model.dtype, place, model.sizes[1]) for name, model in speed.models.items()]
         for row in (row for part in rows for row in part):
             found.append(row)
-            print(summary.markdown(accuracy.shown([row])).splitlines()[-1], flush=True)
+            print(markdown(accuracy.shown([row])).splitlines()[-1], flush=True)
     folder = root(place.type == "cuda", args.out or ROOT)
-    write_text(folder / "tables" / "accuracy.md", summary.markdown(accuracy.shown(found)) + "\n")
+    write_text(folder / "tables" / "accuracy.md", markdown(accuracy.shown(found)))
     write_text(folder / "tables" / "accuracy.csv", accuracy.shown(found).to_csv(index=False))
     print(folder / "tables" / "accuracy.md")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from hires.analysis.tables import markdown
 from hires.errors import HiresError
 from hires.execution.step_cache import computed_steps
 from hires.files.storage import read_json, write_text
@@ -41,7 +42,7 @@ def write(folder: Path) -> str:
     from hires.figures.speed import draw
 
     draw(folder, rows, images)
-    return "\n\n".join([*written, footnote(rows)])
+    return "\n".join([*written, footnote(rows)])
 
 
 BLOCK = "<!-- speed: written by hires promote speed -->", "<!-- /speed -->"
@@ -54,7 +55,7 @@ def readme_block(folder: Path) -> str:
     rows = measurements(folder)
     shared = gpus(rows)
     told = [markdown(ratios(rows, composed(rows))), *([markdown(shared)] if len(shared) else []), footnote(rows)]
-    return "\n\n".join(told)
+    return "\n".join(told)
 
 
 def in_readme(text: str, folder: Path) -> str:
@@ -405,13 +406,6 @@ def gpus(rows: pd.DataFrame) -> pd.DataFrame:
                 entry = {"model": model, "size": sides[-1], "figure": figure, "alone, s": _number(alone)}
                 found.append({**entry, "together, s": _number(together), "factor": f"{alone / together:.3g}"})
     return pd.DataFrame(found)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown."""
-    lines = [" | ".join(map(str, table.columns)), " | ".join("---" for _ in table.columns)]
-    lines += [" | ".join(map(str, row)) for row in table.itertuples(index=False)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _number(value: Any) -> str:
