@@ -16,8 +16,8 @@ import hires
 from hires.attention import use_attention
 from hires.attention.flux import image_ids
 from hires.backbones import Backbone, Schedule, load
+from hires.backbones.catalogue import CONFIGS
 from hires.backbones.flux import pack, unpack
-from hires.backbones.presets import CONFIGS
 from hires.cascade import base_latents, to_images
 from hires.errors import HiresError
 from hires.models import HINTS, build_pipeline

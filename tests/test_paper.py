@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hires.additions.lora import save_lora
 from hires.backbones import Backbone, load
-from hires.backbones.presets import CONFIGS
+from hires.backbones.catalogue import CONFIGS
 from hires.cascade import cascade
 from hires.config import load_config
 from hires.errors import HiresError

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hires.backbones.presets import CONFIGS
+from hires.backbones.catalogue import CONFIGS
 
 HINTS = {"base_resolution": 128, "size_multiple": 32, "sampling": {"max_sequence_length": 40, "vae_tiling": False}}
 

@@ -282,12 +282,12 @@ def _size(folder: Path) -> str:
 
 def _model(name: str, without_gpu: Literal["note", "wrong"]) -> Iterator[Check]:
     """Whether a model's weights are here, whole, and whether a GPU holds them; where not, how to get them."""
+    from hires.backbones.catalogue import MODELS
     from hires.backbones.loading import check_folder, locate, revision
-    from hires.backbones.presets import PRESETS
     from hires.hub import cached
 
-    preset = PRESETS.get(name)
-    if preset and preset.embedded:
+    known = MODELS.get(name)
+    if known and known.embedded:
         yield from _embedded(name)
         return
     place = locate(name)
@@ -301,24 +301,24 @@ def _model(name: str, without_gpu: Literal["note", "wrong"]) -> Iterator[Check]:
         except HiresError as error:
             there = f"fetch it again: hf download {place}" if isinstance(place, str) else "mend the folder"
             yield Check(f"weights {name}", "wrong", str(error).removesuffix(": fetch the model again"), there)
-    if preset:
-        yield _fits(name, preset.parameters, without_gpu)
+    if known:
+        yield _fits(name, known.parameters, without_gpu)
 
 
 def _to_download(name: str, source: str) -> Iterator[Check]:
     """What the first use of a model of the hub asks for: a login where it is gated, disk, a connection."""
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-    from hires.backbones.presets import PRESETS
+    from hires.backbones.catalogue import MODELS
     from hires.hub import LOGIN, page
 
-    preset = PRESETS.get(name)
-    amount = f"{preset.download:g} GB" if preset else "its weights"
+    known = MODELS.get(name)
+    amount = f"{known.download:g} GB" if known else "its weights"
     steps = []
-    if preset and preset.gated and not _token_place():
+    if known and known.gated and not _token_place():
         steps.append(f"accept its licence on {page(source)}, then {LOGIN}")
     free = shutil.disk_usage(_existing(Path(HF_HUB_CACHE))).free
-    if preset and free < preset.download * 1e9:
+    if known and free < known.download * 1e9:
         steps.append(f"{free / 1e9:.0f} GB are free for it: set HF_HOME to a larger disk")
     if HF_HUB_OFFLINE:
         steps.append("unset HF_HUB_OFFLINE")

@@ -15,7 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from hires.backbones.base import Backbone
-from hires.backbones.presets import CONFIGS, PRESETS
+from hires.backbones.catalogue import CONFIGS, MODELS
 from hires.errors import HiresError, unknown
 from hires.execution.offload import check_offload, offload_parts
 from hires.execution.oom import exhausted
@@ -38,7 +38,7 @@ def load(
     """Load a model.
 
     Args:
-        name_or_folder: a name of `hires.backbones.presets.PRESETS` ("tiny-flux", "flux-dev", "sdxl", …), a diffusers
+        name_or_folder: a name of `hires.backbones.catalogue.MODELS` ("tiny-flux", "flux-dev", "sdxl", …), a diffusers
             folder with safetensors weights, or a hub id: OWNER/NAME, or OWNER/NAME@REVISION.
         device: torch device; default: CUDA where there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; default: on CUDA float16 for SDXL and bfloat16
@@ -119,9 +119,9 @@ def locate(name: str) -> Path | str:
 
     HiresError: neither a known name nor a folder nor a hub id.
     """
-    preset = PRESETS.get(name)
-    if preset:
-        return ASSETS / preset.source if preset.embedded else preset.source
+    known = MODELS.get(name)
+    if known:
+        return ASSETS / known.source if known.embedded else known.source
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -129,7 +129,7 @@ def locate(name: str) -> Path | str:
         return name
     if "/" in name:
         raise HiresError(f"model folder {name} does not exist")
-    raise unknown("model", name, PRESETS)
+    raise unknown("model", name, MODELS)
 
 
 def check_folder(folder: Path) -> type[Backbone]:
@@ -260,7 +260,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype | None) -> Backb
         pipe: Any = build_pipeline(name)
         pipe.to(device, dtype or torch.float32)
         return Backbone.from_pipeline(pipe, name, HINTS[name], "random")
-    folder = CONFIGS / name if name in PRESETS else Path(name).expanduser()
+    folder = CONFIGS / name if name in MODELS else Path(name).expanduser()
     if not folder.is_dir():
         raise unknown("model with random weights", name, [*HINTS, *(path.name for path in CONFIGS.iterdir())])
     index = _model_index(folder)

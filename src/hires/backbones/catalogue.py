@@ -12,8 +12,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A named model: `source` is a hub id, or the name of a folder that the package carries (`embedded`).
+class Named:
+    """A model with a name: `source` is a hub id, or the name of a folder that the package carries (`embedded`).
 
     `download`: gigabytes that the hub sends; `parameters`: billions, text encoders and VAE included; `gated`: whether
     the hub asks for a login and the owner's consent.
@@ -26,12 +26,12 @@ class Preset:
     gated: bool = False
 
 
-PRESETS = {
-    "tiny-flux": Preset("tiny-flux", embedded=True),
-    "tiny-sdxl": Preset("tiny-sdxl", embedded=True),
-    "flux-dev": Preset("black-forest-labs/FLUX.1-dev", download=33.7, parameters=16.87, gated=True),
-    "flux-schnell": Preset("black-forest-labs/FLUX.1-schnell", download=33.7, parameters=16.86, gated=True),
-    "flux2-klein": Preset("black-forest-labs/FLUX.2-klein-4B", download=16.0, parameters=7.98),
-    "flux2-klein-base": Preset("black-forest-labs/FLUX.2-klein-base-4B", download=16.0, parameters=7.98),
-    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0", download=13.9, parameters=3.47),
+MODELS = {
+    "tiny-flux": Named("tiny-flux", embedded=True),
+    "tiny-sdxl": Named("tiny-sdxl", embedded=True),
+    "flux-dev": Named("black-forest-labs/FLUX.1-dev", download=33.7, parameters=16.87, gated=True),
+    "flux-schnell": Named("black-forest-labs/FLUX.1-schnell", download=33.7, parameters=16.86, gated=True),
+    "flux2-klein": Named("black-forest-labs/FLUX.2-klein-4B", download=16.0, parameters=7.98),
+    "flux2-klein-base": Named("black-forest-labs/FLUX.2-klein-base-4B", download=16.0, parameters=7.98),
+    "sdxl": Named("stabilityai/stable-diffusion-xl-base-1.0", download=13.9, parameters=3.47),
 }
