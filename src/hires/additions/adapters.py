@@ -14,9 +14,9 @@ SCALE_DIT = "scale-dit"  # Scale-DiT's own: on for the low-resolution image, off
 States = list[tuple[Any, Any, bool]]  # LoRA layer, its active adapters, whether it is disabled
 
 
-def adapter_states(model: nn.Module) -> States:
-    """Which LoRAs are on, layer by layer."""
-    return [(layer, layer._active_adapter, layer._disable_adapters) for _, layer in _lora_layers(model)]
+def adapter_states(module: nn.Module) -> States:
+    """Which LoRAs are on, layer by layer, in a model or a part of one."""
+    return [(layer, layer._active_adapter, layer._disable_adapters) for _, layer in _lora_layers(module)]
 
 
 def restore_adapters(states: States) -> None:
@@ -60,21 +60,20 @@ def adapter_digests(pipe: Any, needed: str | None = None) -> dict[str, str]:
     left aside for other variants, which switch it off. A LoRA fused into the weights can't be told from them.
     """
     hashes: dict[str, Any] = {}
-    for part, component in sorted(pipe.components.items()):
-        for place, layer in _lora_layers(component):
+    parts = {part: model for part, model in pipe.components.items() if getattr(model, "peft_config", None)}
+    for part, model in sorted(parts.items()):
+        for place, layer in _lora_layers(model):
             acting = {*([] if layer._disable_adapters else layer.active_adapters)} - {SCALE_DIT} | {needed}
             for name in acting & layer.scaling.keys():
                 _add(hashes.setdefault(name, hashlib.sha256()), f"{part}.{place}", layer, name)
     return {name: found.hexdigest() for name, found in sorted(hashes.items())}
 
 
-def _lora_layers(model: Any) -> list[tuple[str, Any]]:
-    """The LoRA layers of a part of a pipeline with their names."""
-    if not getattr(model, "peft_config", None):
-        return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _lora_layers(module: nn.Module) -> list[tuple[str, Any]]:
+    """The LoRA layers within a module, with their names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _add(digest: Any, place: str, layer: Any, name: str) -> None:

@@ -319,16 +319,16 @@ class Backbone(ABC):
 
     def _normalise(self, z: Tensor) -> Tensor:
         """The model's latents of those that the VAE encodes to."""
-        mean, scale = self._latent_statistics()
+        mean, scale = self.latent_statistics()
         return (z - mean) * scale
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `_normalise`."""
-        mean, scale = self._latent_statistics()
+        mean, scale = self.latent_statistics()
         return latents / scale + mean
 
-    def _latent_statistics(self) -> tuple[Tensor | float, Tensor | float]:
-        """(mean, scale) with latents = (z − mean)·scale; per channel where the VAE has them so."""
+    def latent_statistics(self) -> tuple[Tensor | float, Tensor | float]:
+        """(mean, scale) with latents = (z − mean)·scale; per channel where the VAE has them so. Not of FLUX.2."""
         config = self.pipe.vae.config
         scale = config.scaling_factor
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:

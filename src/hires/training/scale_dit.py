@@ -22,13 +22,12 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from hires.additions.adapters import SCALE_DIT as ADAPTER
-from hires.additions.adapters import adapter_switched
+from hires.additions.adapters import adapter_states, adapter_switched, restore_adapters
 from hires.additions.lora import load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
 from hires.attention.flux import image_ids
@@ -113,28 +112,23 @@ def checkpointed(block: nn.Module, *args: Any) -> Any:
     attention: Any = block.attn
     processor = copy.copy(attention.processor)
     processor.collect = None  # the keys and values of the first run are the ones in use
-    layers = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
-    states = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    states = adapter_states(block)
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), as_before()
 
     @contextmanager
     def as_before() -> Iterator[None]:
-        now = attention.processor, [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-        _put(attention, processor, layers, states)
+        before = attention.processor, adapter_states(block)
+        attention.set_processor(processor)
+        restore_adapters(states)
         try:
             yield
         finally:
-            _put(attention, now[0], layers, now[1])
+            attention.set_processor(before[0])
+            restore_adapters(before[1])
 
     return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-def _put(attention: Any, processor: Any, layers: Sequence[Any], states: Sequence[tuple[Any, bool]]) -> None:
-    attention.set_processor(processor)
-    for layer, (active, disabled) in zip(layers, states):
-        layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 # Adapter
@@ -250,8 +244,8 @@ class Encoder:
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.backbone.pipe.vae
         posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        mean, scale = self.backbone.latent_statistics()
+        return (posterior.mean.float() - mean) * scale, posterior.std.float() * scale
 
     @torch.no_grad()
     def pool(self, source: Source, count: int, batch: int, workers: int) -> Encoded:
