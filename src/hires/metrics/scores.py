@@ -135,6 +135,26 @@ def score(images: Features, references: Features, settings: Metrics, table: pd.D
     return _Scorer(images, references.take([rows[name] for name in there]), owners, settings).all(table)
 
 
+def _measured(images: Features) -> dict[str, str]:
+    """How scores that single images have were measured, by metric; seconds say it by their name."""
+    meta, cut = images.metadata, int(images.tensors["cut"].sum())
+    encoders = f"{meta['clip']}, {meta['clip_view']}"
+    power = "log10 of grey-level variance in"
+    return {
+        "clip": f"{encoders}, {cut} of {len(images)} prompts cut at {meta['clip_length']} tokens",
+        "clip_iqa": f"{encoders}, {' against '.join(map(repr, QUALITY))}",
+        **dict.fromkeys(("count", "colours", "repetition"), "objects read by hires.scenes.parse"),
+        "seams": "log10 of gradient energy on patch borders over that on other token borders, less the true image's",
+        "high_band": f"{power} .5–1 of Nyquist, less that of the true image",
+        "low_band": f"root mean square difference from the true image, both reduced to {LOW}x{LOW} parts",
+        **{
+            f"spectrum_{name}": f"{power} {low:g}–{high:g} of Nyquist, Hann window"
+            for name, (low, high) in BANDS.items()
+        },
+        "peak_bytes": "highest of all images",
+    }
+
+
 class _Scorer:
     """`owners` (m,): to which prompt of `images`, counted in their order, each reference belongs."""
 
@@ -144,6 +164,7 @@ class _Scorer:
         self.place = {name: i for i, name in enumerate(names)}
         self.prompts = torch.tensor([self.place[name] for name in images.ids])
         self.draws = draw_prompts(len(names), settings.bootstrap)
+        self.measured = _measured(images)
         self.note = f"interval: {settings.bootstrap} resamples of {len(names)} prompts"
 
     def all(self, table: pd.DataFrame) -> list[Score]:
@@ -163,29 +184,12 @@ class _Scorer:
     def mean(self, metric: str, rows: pd.DataFrame) -> Score:
         values = rows["value"].to_numpy()
         weights = self.draws[:, [self.place[name] for name in rows["id"]]].numpy().astype(np.float64)
-        meta = self.images.metadata
-        what = ""
-        if metric == "clip":
-            cut = int(self.images.tensors["cut"].sum())
-            what = f"{meta['clip']}, {meta['clip_view']}, {cut} of {len(self.images)} prompts cut at "
-            what += f"{meta['clip_length']} tokens; "
-        elif metric == "clip_iqa":
-            what = f"{meta['clip']}, {meta['clip_view']}, {' against '.join(map(repr, QUALITY))}; "
-        elif metric in ("count", "colours", "repetition"):
-            what = "objects read by hires.scenes.parse; "
-        elif metric == "seams":
-            what = "log10 of gradient energy on patch borders over that on other token borders, less the true image's; "
-        elif metric == "high_band":
-            what = "log10 of grey-level variance in .5–1 of Nyquist, less that of the true image; "
-        elif metric == "low_band":
-            what = f"root mean square difference from the true image, both reduced to {LOW}x{LOW} parts; "
-        elif metric.startswith("spectrum"):
-            low, high = BANDS[metric.removeprefix("spectrum_")]
-            what = f"log10 of grey-level variance in {low:g}–{high:g} of Nyquist, Hann window; "
         if metric == "peak_bytes":
-            highest = np.where(weights > 0, values, -np.inf).max(1)
-            return self.make(metric, float(values.max()), highest, "", f"highest of all images; {self.note}")
-        return self.make(metric, float(values.mean()), weights @ values / weights.sum(1), "", f"{what}{self.note}")
+            value, replicates = values.max(), np.where(weights > 0, values, -np.inf).max(1)
+        else:
+            value, replicates = values.mean(), weights @ values / weights.sum(1)
+        measured = [self.measured[metric]] if metric in self.measured else []
+        return self.make(metric, float(value), replicates, "", "; ".join([*measured, self.note]))
 
     def fid(self, samples: Samples) -> Score | None:
         (x, i), (y, j) = self.compared(samples)
