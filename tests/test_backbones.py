@@ -656,3 +656,19 @@ def test_from_pipeline_keeps_the_users_object(sdxl_pipe):
 def test_bad_hints_are_told_with_their_name(sdxl_pipe):
     with pytest.raises(HiresError, match="did you mean 'tau'"):
         Backbone.from_pipeline(sdxl_pipe, "x", {"sampling": {"tua": 3}})
+
+
+@pytest.mark.parametrize("posterior", ["mode", "sample"])
+def test_images_that_share_a_call_of_the_vae(monkeypatch, posterior):
+    """As on a GPU, three images in calls of two: what each gives alone."""
+    backbone = hires.load("tiny-sdxl", device="cpu", weights="random")
+    pixels = torch.rand((3, 3, 64, 96), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def both():
+        latents = backbone.encode(pixels, [torch.Generator().manual_seed(seed) for seed in range(3)], posterior)
+        return latents, backbone.decode(latents)
+
+    alone = both()
+    monkeypatch.setattr(type(backbone), "_at_once", lambda self, count: 2 if count == 64 * 96 else 1)
+    for together, expected in zip(both(), alone):
+        torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -298,24 +299,34 @@ class Backbone(ABC):
         """Clean latents of images (B, 3, H, W) in [−1, 1]; `generators` are used by posterior "sample" only."""
         latents = []
         with self._vae(pixels, tiling) as vae:
-            for index, image in enumerate(pixels.split(1)):
-                distribution = vae.encode(image.to(self.device, vae.dtype)).latent_dist
+            drawing = iter(generators)
+            for images in pixels.split(self._at_once(pixels.shape[2] * pixels.shape[3])):
+                distribution = vae.encode(images.to(self.device, vae.dtype)).latent_dist
                 latent = distribution.mode().float()
                 if posterior == "sample":
-                    noise = draw(generators[index : index + 1], latent.shape[1:], latent.device)
+                    noise = draw([*islice(drawing, len(images))], latent.shape[1:], latent.device)
                     latent = latent + distribution.std.float() * noise
                 latents.append(latent)
         return self._normalise(torch.cat(latents))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tiling: bool | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [−1, 1], float32, of clean latents; one after the other, to bound memory."""
+        """Images (B, 3, H, W) in [−1, 1], float32, of clean latents."""
         with self._vae(latents, tiling, self.scale) as vae:
             images = [
                 vae.decode(self._denormalise(z).to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
-                for z in latents.to(self.device, torch.float32).split(1)
+                for z in latents.to(self.device, torch.float32).split(
+                    self._at_once(latents.shape[2] * latents.shape[3] * self.scale**2)
+                )
             ]
         return torch.cat(images)
+
+    def _at_once(self, pixels: int) -> int:
+        """Images of so many pixels that the VAE takes in one call, in the memory of one of 1024² with 128 channels. On
+        a CPU one: there is no launch to save, and convolutions of a batch round otherwise."""
+        if self.device.type == "cpu":
+            return 1
+        return max(1, 2**27 // (pixels * self.pipe.vae.config.block_out_channels[0]))
 
     def _normalise(self, z: Tensor) -> Tensor:
         """The model's latents of those that the VAE encodes to."""
