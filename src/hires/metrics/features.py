@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hires.errors import HiresError
+from hires.execution.threads import one_core_each
 from hires.files.storage import Damaged, read_bytes, write_bytes
 from hires.metrics.networks import Clip, FeatureNetwork
 from hires.metrics.pixels import Pixels, Reader, Source
@@ -137,11 +137,8 @@ def extract(
         return _embed(read, network, clip), [{"sha256": pixels.sha256, "boxes": pixels.boxes} for pixels in read]
 
     chunks = [sources[start : start + CHUNK] for start in range(0, len(sources), CHUNK)]
-    before = torch.get_num_threads()
-    # One thread of torch's own in each of ours: its teams of threads get into each other's way.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_core_each(threads) as pool:
         parts, lists = zip(*pool.map(embed, chunks))
-    torch.set_num_threads(before)
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     files = [file for part in lists for file in part]
     different = {prompt: row for row, prompt in enumerate(sorted(set(prompts)))}

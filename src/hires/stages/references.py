@@ -3,7 +3,6 @@
 import io
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from hires.config import Config
 from hires.data.pictures import Contents, Missing, contents
 from hires.data.prompts import Prompt
 from hires.errors import HiresError, redacted, unknown
+from hires.execution.threads import one_core_each
 from hires.files.storage import digest
 from hires.files.untrusted import read_picture
 from hires.shards import Item
@@ -78,7 +78,7 @@ def _make(config: Config, items: Sequence[Item], height: int, width: int) -> dic
         item.finish(encode(picture, "png", {"url": redacted(item.prompt.url or "")}), provenance=origin, **origins)
         return None
 
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
+    with one_core_each(DOWNLOADS) as pool:
         reasons = list(tqdm(pool.map(make, items), total=len(items), desc="references", unit="image", disable=None))
     return {item.prompt.id: reason for item, reason in zip(items, reasons) if reason is not None}
 
