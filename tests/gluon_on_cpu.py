@@ -19,7 +19,6 @@ import triton.experimental.gluon.nvidia.hopper
 from torch import Tensor
 
 PROGRAMS = 3  # multiprocessors
-ALL = torch.tensor(True)
 local = threading.local()
 chance = random.Random()
 
@@ -43,9 +42,9 @@ class Pointer:
     def unsqueeze(self, dim):
         return Pointer(self.memory, self.offset.unsqueeze(dim))
 
-    def read(self, mask, other=0.0):
+    def read(self, mask):
         offset, mask = torch.broadcast_tensors(self.offset, mask)
-        values = torch.full(offset.shape, other, dtype=self.memory.dtype)
+        values = torch.zeros(offset.shape, dtype=self.memory.dtype)
         values[mask] = self.memory[offset[mask]]
         return values
 
@@ -90,12 +89,6 @@ class Shared:
 
     def reshape(self, shape):
         return Shared(self.data.view(shape))
-
-    def store(self, values):
-        self.data.copy_(values)
-
-    def load(self, layout):
-        return self.data.clone()
 
     def permute(self, order):
         return Shared(self.data.permute(order))
@@ -237,7 +230,7 @@ language = SimpleNamespace(
     maximum=lambda a, b: torch.maximum(block(a), block(b)), minimum=lambda a, b: torch.minimum(block(a), block(b)),
     max=Tensor.amax, sum=Tensor.sum, exp2=torch.exp2, cdiv=lambda a, b: -(-a // b),
     expand_dims=lambda x, dim: x.unsqueeze(dim), convert_layout=lambda x, layout: x,
-    load=lambda pointer, mask=ALL, other=0.0: pointer.read(mask, other),
+    load=lambda pointer: pointer.read(torch.tensor(True)),
     store=lambda pointer, values, mask: pointer.write(values, mask),
     warp_specialize=warp_specialize,
     inline_asm_elementwise=lambda asm, operands, factors, *_: factors[0] * factors[1],  # all that there is

@@ -140,22 +140,18 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 }
 
 
-OTHER = {"k_stages": 3, "v_stages": 2, "ping_pong": False, "staged": True, "text_once": True}
-FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True, "lazy_rescale": True}
-
-TWO = {"two_tiles": True, "free_together": True, "lazy_rescale": True, "text_once": True}
+TWO = {"groups": 2, "k_stages": 3, "v_stages": 2, "free_together": False}
+FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True}
 
 
 @pytest.mark.parametrize(
     ("case", "launch"),
     [
         *((case, {}) for case in GLUON_CASES),
-        *((case, {"text_once": True}) for case in ("long text", "ragged", "shifted", "global text rows")),
-        *((case, FOUR) for case in ("tiles of the window", "shifted", "tiles of padding", "steps fewer than stages")),
-        *((case, TWO) for case in ("tiles of the window", "shifted", "ragged", "tiles of padding")),
-        ("ragged", FOUR | {"v_stages": 2, "free_together": False, "text_once": True}),
-        ("long text", {"ping_pong": False, "free_together": True, "lazy_rescale": True}),
-        *((case, OTHER) for case in ("long text", "ragged", "shifted", "tiles of padding", "steps fewer than stages")),
+        *((case, TWO) for case in GLUON_CASES),
+        *((case, TWO | {"k_stages": 2, "free_together": True}) for case in ("long text", "ragged")),
+        *((case, FOUR) for case in ("ragged", "tiles of padding", "steps fewer than stages")),
+        *((case, FOUR | {"v_stages": 2, "free_together": False}) for case in ("long text", "ragged")),
     ],
 )
 def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):

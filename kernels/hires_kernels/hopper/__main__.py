@@ -24,7 +24,7 @@ def main() -> None:
             return packed.to("cuda", dtype).unbind(2)
 
         image, text = draw(grid[0] * grid[1]), None if text_tokens is None else draw(text_tokens)
-        if "rising" in name:  # maxima of rows grow by far more than `lazy_rescale` lets pass
+        if "rising" in name:  # maxima of rows grow by far more than the kernel lets pass
             image[1].mul_(torch.linspace(0, 8, grid[0] * grid[1], device="cuda").view(-1, 1, 1))
         angles = torch.rand(grid[0] * grid[1], dim // 2, generator=generator).repeat_interleave(2, 1) * 100
         rope = angles.cos().cuda(), angles.sin().cuda()

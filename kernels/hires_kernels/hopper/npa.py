@@ -1,12 +1,12 @@
 """Neighborhood Patch Attention for Hopper: the kernel of `hires_kernels.fused.npa`, its warps specialised by hand.
 
 One warp loads: K and V tiles of the window come by TMA straight out of the token grid, text tiles are further steps
-of the same loop. Two warpgroups of 64 query rows each multiply, and take turns: while one is in its softmax, the
-matrix unit is the other's. Within a warpgroup the scores of the next step are issued before the values of this one,
-so that its own softmax overlaps as well (the schedule of FlashAttention-3, arXiv 2407.08608, section 3). The grid is
-persistent: barriers carry their phases from one item to the next, and loads run ahead across items.
+of the same loop. Warpgroups of 64 query rows each multiply. The grid is persistent: barriers carry their phases from
+one item to the next, and loads run ahead across items.
 
-Two other launches take 256 rows to a load of K and V: `two_tiles` for each warpgroup, or four warpgroups.
+Two warpgroups take turns: while one is in its softmax, the matrix unit is the other's. Within a warpgroup the scores of
+the next step are issued before the values of this one, so that its own softmax overlaps as well (the schedule of
+FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have room for four, which halve what is loaded.
 """
 
 from math import ceil
@@ -60,17 +60,13 @@ def _item(item, shift, shape, SHIFTED: gl.constexpr):
 
 
 @gluon.jit
-def _steps(tile, down, across, shape, QUERIES: gl.constexpr, TEXT_ONCE: gl.constexpr):
+def _steps(tile, down, across, shape, QUERIES: gl.constexpr):
     """Steps over image keys and over text keys of an item. One, of which nothing is kept, for a tile of padding.
-
-    TEXT_ONCE: what text queries make of text keys is the same in every patch and comes from outside.
 
     Called where they are needed: Triton 3.6 takes for dead what a loop carries for the bound of an inner loop alone.
     """
     _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
     padding = (tile < image_tiles) & (tile * QUERIES >= down * across)
-    if TEXT_ONCE:
-        text_steps = gl.where(tile < image_tiles, text_steps, 0)
     return gl.where(padding, 1, image_steps), gl.where(padding, 0, text_steps)
 
 
@@ -90,8 +86,7 @@ def _produce(
     key, value, text_key, text_value, shift, walks, shape, k_tiles, v_tiles, barriers,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, TEXT_ONCE: gl.constexpr,
-    FREE_TOGETHER: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, FREE_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
@@ -103,7 +98,7 @@ def _produce(
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         batch, head, patch, tile, window_row, window_col, _, _, down, across = _item(item, shift, shape, SHIFTED)
-        image_steps, text_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
+        image_steps, text_steps = _steps(tile, down, across, shape, QUERIES)
         wide = gl.cdiv(window[1], COLS)
         key_row = batch * key_walk[0] + head * key_walk[1] + window_row
         value_row = batch * value_walk[0] + head * value_walk[1] + window_row
@@ -209,20 +204,16 @@ RISE = gl.constexpr(8.0)  # weights stay below 2 ** 8, as in FlashAttention-4
 
 
 @gluon.jit
-def _higher(top, candidate, LAZY: gl.constexpr):
-    """The new maximum of a row. LAZY: the old one stays until it is passed by more than `RISE`."""
-    if LAZY:
-        return gl.where(candidate > top + RISE, candidate, top)
-    else:
-        return gl.maximum(top, candidate)
+def _higher(top, candidate):
+    """The new maximum of a row: the old one until it is passed by more than `RISE`."""
+    return gl.where(candidate > top + RISE, candidate, top)
 
 
 @gluon.jit
-def _shrunk(sums, shrink, LAZY: gl.constexpr):
+def _shrunk(sums, shrink):
+    """Sums so far, rescaled to a new maximum."""
     shrink = gl.expand_dims(shrink, 1)
-    if not LAZY:
-        return sums * shrink
-    elif sums.shape[1] == 64:
+    if sums.shape[1] == 64:
         return gl.inline_asm_elementwise(SHRINK_32, SHRINK_32_OPERANDS, [sums, shrink], gl.float32, False, 32)
     else:
         return gl.inline_asm_elementwise(SHRINK_64, SHRINK_64_OPERANDS, [sums, shrink], gl.float32, False, 64)
@@ -236,47 +227,13 @@ def _partial_sums(weights, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _text_alone(
-    GROUP: gl.constexpr, text_rows, text_logsums, batch, head, tile, shape,
-    QUERIES: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """What a tile of text queries makes of text keys alone: rows, and log2 of their sums. Nothing for image tiles."""
-    _, _, _, heads, text_tokens, _, _, image_tiles, _, _ = shape
-    place = (tile - image_tiles) * QUERIES + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    valid = (tile >= image_tiles) & (place < text_tokens)
-    row = (batch * text_tokens + place) * heads + head
-    logsums = gl.load(text_logsums + row, mask=valid, other=float("-inf"))
-    places = gl.expand_dims(row * DIM, 1) + gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
-    rows = gl.load(text_rows + places, mask=gl.expand_dims(valid, 1), other=0.0)
-    return rows, logsums
-
-
-@gluon.jit
-def _with_text(sums, top, total, rows, logsums, LAYOUT: gl.constexpr):
-    """Finished rows of a tile and what `_text_alone` gave, as one softmax."""
-    top, total = gl.convert_layout(top, gl.SliceLayout(1, LAYOUT)), gl.convert_layout(total, gl.SliceLayout(1, LAYOUT))
-    highest = gl.maximum(top, logsums)
-    image_share, text_share = gl.exp2(top - highest), gl.exp2(logsums - highest)
-    share = 1.0 / (total * image_share + text_share)
-    sums *= gl.expand_dims(image_share * share, 1)
-    sums += rows.to(gl.float32) * gl.expand_dims(text_share * share, 1)
-    return sums
-
-
-@gluon.jit
 def _write(
-    GROUP: gl.constexpr, outputs, queries, output, text_output, shape,
-    batch, head, patch, tile, first_row, first_col, down, across,
-    QUERIES: gl.constexpr, STAGED: gl.constexpr, LAYOUT: gl.constexpr,
+    GROUP: gl.constexpr, outputs, output, text_output, shape,
+    batch, head, patch, tile, first_row, first_col, down, across, QUERIES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of one warpgroup to where they belong, STAGED: by way of the item's own queries, whole rows to a warp."""
+    """Rows of one warpgroup to where they belong."""
     grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = outputs.shape[1]
-    if STAGED:
-        queries.store(outputs)
-        _synchronise()
-        outputs = queries.load(LAYOUT)
-        _synchronise()
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     token, valid = _tokens(place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES)
     long_batch = batch.to(gl.int64)
@@ -295,12 +252,11 @@ def _consume(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr,
-    FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup. The first scores of an item are issued together with the last values of the item before it."""
-    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
-    q_tiles, k_tiles, v_tiles, barriers, turns = rest[10:]
+    """One of two warpgroups. First scores of an item are issued together with the last values of the one before it."""
+    query, output, text_query, text_output, shift, walks, shape, scale = rest[:8]
+    q_tiles, k_tiles, v_tiles, barriers, turns = rest[8:]
     _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
@@ -310,7 +266,6 @@ def _consume(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
     stride = gl.num_programs(0)
@@ -349,26 +304,24 @@ def _consume(
     for item in range(gl.program_id(0), items, stride):
         sums = gl.zeros([64, DIM], gl.float32, SUMS)
         queries = q_tiles.index(GROUPS * buffer + GROUP)
-        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
         for step in range(1, first_steps + last_steps):
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
             mbarrier.wait(k_ready.index(next_stage), next_phase)
-            if PING_PONG:
-                mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
+            mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
             keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
             scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(stage), phase)
             values = v_tiles.index(stage).reshape([KEYS, DIM])
             sums = warpgroup_mma(operand, values, sums, is_async=True)
-            if PING_PONG:
-                mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
+            mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
             scores = warpgroup_mma_wait(1, [scores])
             if not FREE_TOGETHER:
                 mbarrier.arrive(k_free.index(next_stage))
 
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
+            higher = _higher(top, gl.max(scores, 1) * scale)
             weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
             shrink = gl.exp2(top - higher)
             total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
@@ -377,35 +330,31 @@ def _consume(
             mbarrier.wait(v_ready.index(stage), phase)  # as before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
-            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
+            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             done += 1
 
         # last values of this item, first scores of the next
         follows = item + stride < items
-        if TEXT_ONCE:
-            rows, logsums = _text_alone(GROUP, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
         stage, phase = done % V_STAGES, done // V_STAGES & 1
         next_stage, next_phase = (done + 1) % K_STAGES, (done + 1) // K_STAGES & 1
         async_copy.wait_group(0)
         fence_async_shared()
         _synchronise()
         mbarrier.wait(k_ready.index(next_stage), next_phase, follows)
-        if PING_PONG:
-            mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
+        mbarrier.wait(turns.index(GROUP), done & 1 ^ (GROUP == 0))
         keys = k_tiles.index(next_stage).reshape([KEYS, DIM]).permute((1, 0))
         scores = warpgroup_mma(
             q_tiles.index(GROUPS * (1 - buffer) + GROUP), keys, no_scores, use_acc=False, is_async=True
         )
         mbarrier.wait(v_ready.index(stage), phase)
         sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
-        if PING_PONG:
-            mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
+        mbarrier.arrive(turns.index((GROUP + 1) % GROUPS))
         scores = warpgroup_mma_wait(1, [scores])
         if not FREE_TOGETHER:
             mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-        last_top, last_total = top, gl.sum(total, 1)
+        last_total = gl.sum(total, 1)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         total = _partial_sums(weights, PARTS)
@@ -414,13 +363,10 @@ def _consume(
         mbarrier.arrive(v_free.index(stage))
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
-        if TEXT_ONCE:
-            sums = _with_text(sums, last_top, last_total, rows, logsums, SUMS)
-        else:
-            sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
+        sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
         _write(
-            GROUP, sums.to(dtype), queries, output, text_output, shape,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
+            GROUP, sums.to(dtype), output, text_output, shape,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
         )  # fmt: skip
 
         batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2 = _item(
@@ -439,51 +385,16 @@ def _consume(
 
 
 @gluon.jit
-def _weighed(scores, top, total, sums, scale, PARTS: gl.constexpr, SUMS: gl.constexpr, LAZY: gl.constexpr):
-    """Weights of one step's scores, as operand of the product with the values; what was summed before, rescaled."""
-    higher = _higher(top, gl.max(scores, 1) * scale, LAZY)
-    shrink = gl.exp2(top - higher)
-    sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), LAZY)
-    total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
-    weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
-    total += _partial_sums(weights, PARTS)
-    return weights, higher, total, sums
-
-
-@gluon.jit
-def _finish(
-    PLACE: gl.constexpr, sums, top, total, queries, pointers, shape, found,
-    QUERIES: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, SUMS: gl.constexpr, OUTPUTS: gl.constexpr,
-):  # fmt: skip
-    """Divide by the sums of weights and write 64 rows."""
-    output, text_output, text_rows, text_logsums = pointers
-    batch, head, patch, tile, _, _, first_row, first_col, down, across = found
-    total = gl.sum(total, 1)
-    if TEXT_ONCE:
-        DIM: gl.constexpr = sums.shape[1]
-        rows, logsums = _text_alone(PLACE, text_rows, text_logsums, batch, head, tile, shape, QUERIES, DIM, SUMS)
-        sums = _with_text(sums, top, total, rows, logsums, SUMS)
-    else:
-        sums *= gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, SUMS)), 1)
-    _write(
-        PLACE, sums.to(queries.dtype), queries, output, text_output, shape,
-        batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _consume_in_turn(
     GROUP: gl.constexpr, rest,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr,
-    LAZY: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
-    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
-    q_tiles, k_tiles, v_tiles, barriers, _ = rest[10:]
-    pointers = output, text_output, text_rows, text_logsums
+    query, output, text_query, text_output, shift, walks, shape, scale = rest[:8]
+    q_tiles, k_tiles, v_tiles, barriers, _ = rest[8:]
     _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
@@ -493,7 +404,6 @@ def _consume_in_turn(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
     stride = gl.num_programs(0)
@@ -520,7 +430,7 @@ def _consume_in_turn(
         total = gl.zeros([64, 4], gl.float32, PARTS)
         top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
-        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
+        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
         for step in range(first_steps + last_steps):
             stage, phase = done % K_STAGES, done // K_STAGES & 1
             mbarrier.wait(k_ready.index(stage), phase)
@@ -530,7 +440,13 @@ def _consume_in_turn(
             if not FREE_TOGETHER:
                 mbarrier.arrive(k_free.index(stage))
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            weights, top, total, sums = _weighed(scores, top, total, sums, scale, PARTS, SUMS, LAZY)
+            higher = _higher(top, gl.max(scores, 1) * scale)
+            shrink = gl.exp2(top - higher)
+            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
+            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+            weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
+            total += _partial_sums(weights, PARTS)
+            top = higher
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             stage, phase = done % V_STAGES, done // V_STAGES & 1
             mbarrier.wait(v_ready.index(stage), phase)
@@ -539,113 +455,23 @@ def _consume_in_turn(
             mbarrier.arrive(v_free.index(stage))
             done += 1
 
-        found = _item(item, shift, shape, SHIFTED)
-        _finish(GROUP, sums, top, total, queries, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
-        buffer = 1 - buffer
-
-
-@gluon.jit
-def _consume_two(
-    GROUP: gl.constexpr, rest,
-    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    STAGED: gl.constexpr, TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr,
-):  # fmt: skip
-    """One of two warpgroups, for two tiles of 64 rows: while one is in its softmax, the other is multiplied."""
-    query, output, text_query, text_output, text_rows, text_logsums, shift, walks, shape, scale = rest[:10]
-    q_tiles, k_tiles, v_tiles, barriers, _ = rest[10:]
-    pointers = output, text_output, text_rows, text_logsums
-    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
-    k_ready, k_free, v_ready, v_free = barriers
-    KEYS: gl.constexpr = ROWS * COLS
-    ONE: gl.constexpr = 2 * GROUP
-    TWO: gl.constexpr = 2 * GROUP + 1
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    PARTS: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
-    dtype: gl.constexpr = q_tiles.dtype
-    no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
-    stride = gl.num_programs(0)
-
-    done = gl.to_tensor(0)
-    buffer = gl.to_tensor(0)
-    batch, head, patch, tile, _, _, row, col, down, across = _item(gl.program_id(0), shift, shape, SHIFTED)
-    _fetch_queries(
-        ONE, query, text_query, walks, shape, q_tiles.index(ONE),
-        batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
-    )  # fmt: skip
-    _fetch_queries(
-        TWO, query, text_query, walks, shape, q_tiles.index(TWO),
-        batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
-    )  # fmt: skip
-    for item in range(gl.program_id(0), items, stride):
-        queries1, queries2 = q_tiles.index(4 * buffer + ONE), q_tiles.index(4 * buffer + TWO)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        _synchronise()
-        batch, head, patch, tile, _, _, row, col, down, across = _item(item + stride, shift, shape, SHIFTED)
-        buffer = 1 - buffer
-        _fetch_queries(
-            ONE, query, text_query, walks, shape, q_tiles.index(4 * buffer + ONE),
-            batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
+        batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
+        sums *= gl.expand_dims(1.0 / gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS)), 1)
+        _write(
+            GROUP, sums.to(dtype), output, text_output, shape,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
         )  # fmt: skip
-        _fetch_queries(
-            TWO, query, text_query, walks, shape, q_tiles.index(4 * buffer + TWO),
-            batch, head, patch, tile, row, col, down, across, QUERIES, TURNED,
-        )  # fmt: skip
-
-        sums1, sums2 = gl.zeros([64, DIM], gl.float32, SUMS), gl.zeros([64, DIM], gl.float32, SUMS)
-        total1, total2 = gl.zeros([64, 4], gl.float32, PARTS), gl.zeros([64, 4], gl.float32, PARTS)
-        top1 = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        top2 = top1
-        _, _, _, tile, _, _, _, _, down, across = _item(item, shift, shape, SHIFTED)
-        first_steps, last_steps = _steps(tile, down, across, shape, QUERIES, TEXT_ONCE)
-        for step in range(first_steps + last_steps):
-            stage, phase = done % K_STAGES, done // K_STAGES & 1
-            mbarrier.wait(k_ready.index(stage), phase)
-            keys = k_tiles.index(stage).reshape([KEYS, DIM]).permute((1, 0))
-            scores1 = warpgroup_mma(queries1, keys, no_scores, use_acc=False, is_async=True)
-            scores2 = warpgroup_mma(queries2, keys, no_scores, use_acc=False, is_async=True)
-            v_stage, v_phase = done % V_STAGES, done // V_STAGES & 1
-            mbarrier.wait(v_ready.index(v_stage), v_phase)
-            values = v_tiles.index(v_stage).reshape([KEYS, DIM])
-
-            scores1 = warpgroup_mma_wait(1, [scores1])
-            scores1 = _hide(scores1, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            weights, top1, total1, sums1 = _weighed(scores1, top1, total1, sums1, scale, PARTS, SUMS, LAZY)
-            operand1 = gl.convert_layout(weights.to(dtype), WEIGHTS)
-            sums1 = warpgroup_mma(operand1, values, sums1, is_async=True)
-
-            scores2 = warpgroup_mma_wait(1, [scores2])
-            if not FREE_TOGETHER:
-                mbarrier.arrive(k_free.index(stage))
-            scores2 = _hide(scores2, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            weights, top2, total2, sums2 = _weighed(scores2, top2, total2, sums2, scale, PARTS, SUMS, LAZY)
-            operand2 = gl.convert_layout(weights.to(dtype), WEIGHTS)
-            sums2 = warpgroup_mma(operand2, values, sums2, is_async=True)
-            sums1, sums2, operand1, operand2 = warpgroup_mma_wait(0, [sums1, sums2, operand1, operand2])
-            mbarrier.arrive(v_free.index(v_stage))
-            done += 1
-
-        found = _item(item, shift, shape, SHIFTED)
-        _finish(ONE, sums1, top1, total1, queries1, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
-        _finish(TWO, sums2, top2, total2, queries2, pointers, shape, found, QUERIES, STAGED, TEXT_ONCE, SUMS, OUTPUTS)
+        buffer = 1 - buffer
 
 
 @gluon.jit
 def _attend(
-    query, key, value, output, text_query, text_key, text_value, text_output, text_rows, text_logsums, shift,
+    query, key, value, output, text_query, text_key, text_value, text_output, shift,
     query_walks, key_walks, shape, scale,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, PING_PONG: gl.constexpr, STAGED: gl.constexpr,
-    TEXT_ONCE: gl.constexpr, FREE_TOGETHER: gl.constexpr, LAZY: gl.constexpr, TWO_TILES: gl.constexpr,
+    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -669,68 +495,51 @@ def _attend(
 
     barriers = (k_ready, k_free, v_ready, v_free)
     rest = (
-        query, output, text_query, text_output, text_rows, text_logsums, shift, query_walks, shape, scale,
+        query, output, text_query, text_output, shift, query_walks, shape, scale,
         q_tiles, k_tiles, v_tiles, barriers, turns,
     )  # fmt: skip
-    if TWO_TILES:
-        gl.warp_specialize([
-            (_consume_two, (
-                0, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, STAGED, TEXT_ONCE,
-                FREE_TOGETHER, LAZY,
-            )),
-            (_consume_two, (
-                1, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, STAGED, TEXT_ONCE,
-                FREE_TOGETHER, LAZY,
-            )),
-            (_produce, (
-                key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
-            )),
-        ], worker_num_warps=[4, 1], worker_num_regs=[240, 24])  # fmt: skip
-    elif GROUPS == 2:
+    if GROUPS == 2:
         gl.warp_specialize([
             (_consume, (
                 0, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, PING_PONG,
-                STAGED, TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_consume, (
                 1, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, PING_PONG,
-                STAGED, TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, FREE_TOGETHER,
             )),
         ], worker_num_warps=[4, 1], worker_num_regs=[240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume_in_turn, (
                 0, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
-                TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_consume_in_turn, (
                 1, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
-                TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_consume_in_turn, (
                 2, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
-                TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_consume_in_turn, (
                 3, rest,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS, STAGED,
-                TEXT_ONCE, FREE_TOGETHER, LAZY,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
+                FREE_TOGETHER,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
-                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, TEXT_ONCE, FREE_TOGETHER,
+                QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, HAS_TEXT, FREE_TOGETHER,
             )),
         ], worker_num_warps=[4, 4, 4, 1], worker_num_regs=[112, 112, 112, 24])  # fmt: skip
 
@@ -748,9 +557,9 @@ def attend(
     batch, _, heads, dim = query.shape
     grid, window = patches.grid, patches.window
     launch = launches.launch("npa_gluon", dim, query.device)
-    groups, two_tiles = launch["groups"], launch["two_tiles"]
-    keys = 64 if groups == 4 or (two_tiles and dim == 128) else 128  # what registers hold
-    queries, tile = 128 if groups == 2 and not two_tiles else 256, tile_shape(window, keys)
+    groups = launch["groups"]
+    queries, keys = 64 * groups, 256 // groups  # what registers hold
+    tile = tile_shape(window, keys)
 
     sources = [(x, grid, tile) for x in image[1:]]
     text_query, text_tokens, turned = query, 0, False
@@ -775,32 +584,16 @@ def attend(
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / keys)
     shape = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
-    text_once, text_rows, text_logsums = False, query, query
-    if launch["text_once"] and text is not None and text_output is not None:
-        text_once, (text_rows, text_logsums) = True, _text_among_itself(text, turned, scale)
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
     _attend[(programs,)](
         query, *pointers[:2], output,
-        text_query, *pointers[2:], output if text_output is None else text_output, text_rows, text_logsums,
+        text_query, *pointers[2:], output if text_output is None else text_output,
         query if patches.shift is None else patches.shift,
         (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
         QUERIES=queries, ROWS=tile[0], COLS=tile[1], DIM=dim,
         K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
         SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
-        GROUPS=groups, PING_PONG=launch["ping_pong"], STAGED=launch["staged"], TEXT_ONCE=text_once,
-        FREE_TOGETHER=launch["free_together"], LAZY=launch["lazy_rescale"], TWO_TILES=launch["two_tiles"], num_warps=4,
+        GROUPS=groups, FREE_TOGETHER=launch["free_together"], num_warps=4,
     )  # fmt: skip
-
-
-def _text_among_itself(text: Triple, turned: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of text on text, (batch, tokens, heads, dim), and log2 of its sums, (batch, tokens, heads).
-
-    A patch turns queries and keys by one angle, which their products don't see: any patch will do.
-    """
-    query, key = (x[:, 0] if turned else x for x in text[:2])
-    name = "_scaled_dot_product_flash_attention" + ("_for_cpu" if query.device.type == "cpu" else "")
-    flash = getattr(torch.ops.aten, name)
-    rows, logsums = flash(*(x.transpose(1, 2) for x in (query, key, text[2])), scale=scale)[:2]
-    return rows.transpose(1, 2).contiguous(), (logsums.transpose(1, 2) * LOG2_E).contiguous()

@@ -28,30 +28,10 @@ def _grid(**fields: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(fields, values)) for values in product(*fields.values())]
 
 
-NPA_64 = {"groups": 2, "k_stages": 4, "v_stages": 4, "ping_pong": True, "staged": False}
-NPA_64 |= {"text_once": False, "free_together": False, "lazy_rescale": False, "two_tiles": False}
-NPA_128 = NPA_64 | {"k_stages": 2, "v_stages": 2}
 CANDIDATES: dict[str, dict[int, list[dict[str, Any]]]] = {  # kernel, head dim; few of them spill registers on sm_90
     "npa_gluon": {
-        64: [
-            NPA_64 | x
-            for x in (
-                *_grid(lazy_rescale=(True,), ping_pong=(True,)),
-                *_grid(lazy_rescale=(True,), ping_pong=(False,), free_together=(False, True)),
-                *_grid(groups=(4,), lazy_rescale=(True,), free_together=(False, True)),
-                *_grid(two_tiles=(True,), lazy_rescale=(True,), free_together=(False, True)),
-                *_grid(two_tiles=(True,), lazy_rescale=(True,), free_together=(True,), staged=(True,)),
-            )
-        ],
-        128: [
-            NPA_128 | x
-            for x in (
-                *_grid(text_once=(False, True), lazy_rescale=(False, True)),
-                *_grid(text_once=(True,), lazy_rescale=(True,), ping_pong=(False,)),
-                *_grid(two_tiles=(True,), text_once=(True,), lazy_rescale=(True,)),
-                *_grid(two_tiles=(True,), text_once=(True,), lazy_rescale=(True,), k_stages=(3,), v_stages=(3,)),
-            )
-        ],
+        64: _grid(groups=(2, 4), k_stages=(4,), v_stages=(4,), free_together=(False, True)),
+        128: _grid(groups=(2,), k_stages=(2,), v_stages=(2,), free_together=(False, True)),
     },
     "npa_triton": {
         64: [
