@@ -47,13 +47,14 @@ def against_size(table: pd.DataFrame, axis: str) -> Figure:
     """A panel for each model: `value` against the image's side, both logarithmic."""
     models = sorted(set(table["model"]))
     with style():
-        figure, axes = panels(1, len(models), 2.6)
+        figure, axes = panels(1, len(models), 2.9)
+        drawn = {}
         for place, model in zip(axes[0], models, strict=True):
             group = table[table["model"] == model]
             for contender in [name for name in LOOKS if name in set(group["contender"])]:
                 colour, marker = LOOKS[contender]
                 one = group[group["contender"] == contender].sort_values("size")
-                place.plot(one["size"], one["value"].astype(float), color=colour, marker=marker, label=contender)
+                (drawn[contender],) = place.plot(one["size"], one["value"].astype(float), color=colour, marker=marker)
             sizes = sorted(set(group["size"]))
             place.set(xscale="log", yscale="log", title=model, xlabel="side of the image, pixels")
             place.set_xticks(sizes, [str(size) for size in sizes])
@@ -62,5 +63,6 @@ def against_size(table: pd.DataFrame, axis: str) -> Figure:
             place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
             place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes[0][0].set_ylabel(axis)
-        axes[0][-1].legend()
+        handles = {name: drawn[name] for name in LOOKS if name in drawn}  # no panel need have all of them
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     return figure
