@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from hires.cascade import _check_stages
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.files import parquet
 from hires.files.storage import read_json
 from hires.provenance import config_data
 from hires.sizes import stage_sizes
@@ -177,6 +179,17 @@ def test_scores_of_another_configuration_are_refused(whole, tmp_path, monkeypatc
     assert main(["collect", "--config", "config.yaml", "--from", str(tmp_path)]) == 2
     assert "holds no provenance.json" in capsys.readouterr().err
     assert not list(Path("results/cut").glob("*.parquet"))
+
+
+def test_scores_of_other_prompts_are_refused(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder_of(tmp_path, "prompts"))
+    config, source = load_config("config.yaml"), whole / "results/cut"
+    prompts = parquet.read(source / "prompts.parquet")
+    parquet.write(layout.prompts(config), prompts.slice(1))
+    with pytest.raises(HiresError, match="other prompts were drawn"):
+        collect.run(config, [source])
+    pq.write_table(prompts, layout.prompts(config), compression="none")  # the same ones, as another Arrow writes them
+    assert len(collect.run(config, [source])) == 4
 
 
 def test_an_unknown_backbone_is_named(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from typing import Any
 
 from hires import layout
 from hires.config import Config, ImageSet
+from hires.data.prompts import read_prompts
 from hires.errors import HiresError
 from hires.files.storage import read_json, replacing, write_json
 from hires.provenance import config_digest
@@ -29,7 +30,7 @@ def run(config: Config, sources: Sequence[Path]) -> list[str]:
                 "don't belong together"
             )
         ours = layout.prompts(config)
-        if ours.exists() and ours.read_bytes() != (source / ours.name).read_bytes():
+        if ours.exists() and read_prompts(ours) != read_prompts(source / ours.name):  # bytes differ by Arrow's version
             raise HiresError(f"{source / ours.name} differs from {ours}: other prompts were drawn")
     taken = [name for source in sources for name in _take(config, source)]
     fresh = [read_json(source / layout.provenance(config).name) for source in sources]
