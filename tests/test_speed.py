@@ -2,9 +2,13 @@
 
 import csv
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from statistics import median
 
 import hires_kernels
 import pytest
@@ -207,6 +211,71 @@ def test_the_fastest_calls_in_a_row_after_a_rest(monkeypatch):
 
     assert 2 < timing.rested(call, CPU) < 20
     assert len(seen) == 10 and seen[0] >= 0.05
+
+
+class Stream:
+    """What `timing` uses of a GPU: a thread that works through a queue, and events in it."""
+
+    def __init__(self, monkeypatch):
+        self.work = queue.Queue()
+        threading.Thread(target=self.run, daemon=True).start()
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self.work))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work.put(partial(time.sleep, cycles / 2e9)))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.work.join())
+
+    def run(self):
+        while True:
+            self.work.get()()
+            self.work.task_done()
+
+
+class Event:
+    def __init__(self, work):
+        self.work, self.time = work, None
+
+    def record(self):
+        self.work.put(lambda: setattr(self, "time", time.perf_counter()))
+
+    def query(self):
+        return self.time is not None
+
+    def elapsed_time(self, last):
+        return (last.time - self.time) * 1e3
+
+
+def test_a_slow_host_does_not_count(monkeypatch):
+    """40 ms of launches for 4 ms of work: the first head start is too short."""
+    work = Stream(monkeypatch).work
+
+    def call(index):
+        time.sleep(0.002)
+        work.put(partial(time.sleep, 2e-4))
+
+    times, late = timing._queued(call, 20, lambda: None, 0)
+    assert late > 10 and median(times) > 1.5
+    assert 0.2 < median(timing.milliseconds(call, torch.device("cuda"), 20, 1)) < 1.5
+
+
+def test_sensors_are_read_while_calls_run(monkeypatch):
+    work, left = Stream(monkeypatch).work, []
+    _, late = timing._queued(
+        lambda index: work.put(partial(time.sleep, 0.002)), 20, lambda: left.append(work.unfinished_tasks), 0.05
+    )
+    assert late == 0 and left and max(left) <= 60  # a call and two events each; none while they wait
+
+
+@pytest.mark.gpu
+def test_a_slow_host_does_not_count_on_a_gpu():
+    x = torch.zeros(2**20, device="cuda")
+
+    def call(index):
+        time.sleep(0.002)
+        x.add_(1)
+
+    times, late = timing._queued(call, 20, lambda: None, 0.5)
+    assert late == 0 and median(times) < 0.5
+    assert timing._queued(call, 20, lambda: None, 0)[1] > 10
+    assert median(timing.milliseconds(call, x.device, 20, 1)) < 0.5
 
 
 def test_a_cpu_has_no_sensors():
