@@ -33,6 +33,13 @@ def test_no_tile_that_is_walked_is_as_long_as_a_head_dim(kernel):
     assert all(launch[WALKED[kernel]] != dim for dim, launch in launched + tried)
 
 
+def test_keys_and_values_given_back_together_have_as_many_stages():
+    """One barrier of the Gluon kernel then stands for both."""
+    column = launches.TABLE["npa_gluon"][str(launches.LARGE)]
+    launched = [*column.values(), *(x for candidates in tune.CANDIDATES["npa_gluon"].values() for x in candidates)]
+    assert all(launch["k_stages"] == launch["v_stages"] for launch in launched if launch["free_together"])
+
+
 def test_candidates_have_the_fields_of_the_committed_launch():
     for kernel, dims in tune.CANDIDATES.items():
         for dim, candidates in dims.items():
