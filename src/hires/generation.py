@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,7 +77,6 @@ def generate(
     if num_images_per_prompt < 1:
         raise HiresError(f"num_images_per_prompt = {num_images_per_prompt}: allowed: 1 or more")
     copies = range(num_images_per_prompt)
-    chosen = find_variant(variant) if isinstance(variant, str) else variant
     sampling = Sampling.of(**{**backbone.preset(preset), **overrides})
     extras = Extras(
         control_image=control_image,
@@ -89,33 +89,15 @@ def generate(
     )
     texts = [text for text in prompts for _ in copies]
     numbers = [first + index for first in seeds for index in copies]
-    stages = run(
-        backbone,
-        texts,
-        numbers,
-        chosen,
-        height,
-        width,
-        sampling,
-        image,
-        strength,
-        callback,
-        extras,
-        crop,
-    )
+    request = Request(backbone, variant, height, width, sampling, image, strength, extras, crop)
     made: list[Image.Image] = []
 
     def make() -> None:
-        for stage in stages:
-            if preview is not None and (stage.height, stage.width) != (height, width):
+        for stage in request.stages(texts, numbers, callback):
+            if preview is not None and not request.ends_with(stage):
                 preview(stage.name, small(backbone, stage))
-        made.extend(decode(backbone, stage, sampling.vae_tiling))
         given = extras.told() | ({"image": told(image)} if image else {}) | ({"crop": True} if crop else {})
-        common = record(
-            backbone, "", 0, variant, stage, sampling, strength, additions={"in_memory": given} if given else None
-        )
-        for picture, text, number in zip(made, texts, numbers, strict=True):
-            picture.info["parameters"] = json.dumps(common | {"prompt": text, "seed": number})
+        made.extend(request.images(stage, texts, numbers, additions={"in_memory": given} if given else None))
 
     try:
         reason = attempt(make)
@@ -126,72 +108,94 @@ def generate(
     return made
 
 
-def run(
-    backbone: Backbone,
-    prompts: list[str],
-    seeds: list[int],
-    variant: Variant,
-    height: int,
-    width: int,
-    sampling: Sampling,
-    image: Image.Image | None = None,
-    strength: float | None = None,
-    callback: Callback | None = None,
-    extras: Extras = NO_EXTRAS,
-    crop: bool = False,
-) -> Iterator[Stage]:
-    """The stages of `hires.cascade.cascade`, from a PIL image where one is given."""
-    pixels = None
-    if crop and image is None and not extras.control_images:
-        raise HiresError("crop cuts your own and control images, and there is none: leave it out")
-    if image is not None:
-        base = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple)[0]
-        pixels = to_pixels(fitted("image", image, height, width, crop), base).expand(len(prompts), -1, -1, -1)
-    return cascade(
-        backbone, prompts, seeds, variant, height, width, sampling,
-        callback=callback, image=pixels, strength=strength, extras=extras.fitted(height, width, crop),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Request:
+    """What images are made of, all but their prompts and seeds.
 
-
-def record(
-    backbone: Backbone,
-    prompt: str,
-    seed: int,
-    variant: str | Variant,
-    stage: Stage,
-    sampling: Sampling,
-    strength: float | None = None,
-    image: dict[str, str] | None = None,
-    additions: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that made an image, as JSON-ready values: enough to make it again.
-
-    `image` says which picture of your own took the base's place: file name and SHA-256. `additions`: what was added
-    (`hires.additions.Additions.record`).
+    Attributes:
+        variant: a name of `hires.variants.VARIANTS`, or a Variant.
+        height, width: of the last stage, in pixels.
+        image, strength, extras, crop: as `generate` takes them.
     """
-    import diffusers
 
-    chosen = find_variant(variant) if isinstance(variant, str) else variant
-    return {
-        "model": backbone.name,
-        "revision": backbone.revision,
-        "adapters": adapter_digests(backbone.pipe, chosen.adapter),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "prompt": prompt,
-        "seed": seed,
-        "variant": variant if isinstance(variant, str) else None,
-        "variant_fields": chosen.model_dump(),
-        "stage": stage.name,
-        "height": stage.height,
-        "width": stage.width,
-        "strength": strength,
-        "image": image,
-        "additions": additions,
-        "sampling": sampling.over(backbone.defaults).model_dump(),
-        "versions": {
-            "hires": hires.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    backbone: Backbone
+    variant: str | Variant
+    height: int
+    width: int
+    sampling: Sampling
+    image: Image.Image | None = None
+    strength: float | None = None
+    extras: Extras = NO_EXTRAS
+    crop: bool = False
+
+    @property
+    def chosen(self) -> Variant:
+        """The variant itself."""
+        return find_variant(self.variant) if isinstance(self.variant, str) else self.variant
+
+    def stages(self, prompts: list[str], seeds: list[int], callback: Callback | None = None) -> Iterator[Stage]:
+        """The stages of `hires.cascade.cascade` for a prompt and a seed per image."""
+        backbone, height, width = self.backbone, self.height, self.width
+        pixels = None
+        if self.crop and self.image is None and not self.extras.control_images:
+            raise HiresError("crop cuts your own and control images, and there is none: leave it out")
+        if self.image is not None:
+            base = stage_sizes(height, width, backbone.base_resolution, backbone.size_multiple)[0]
+            rgb = fitted("image", self.image, height, width, self.crop)
+            pixels = to_pixels(rgb, base).expand(len(prompts), -1, -1, -1)
+        return cascade(
+            backbone, prompts, seeds, self.chosen, height, width, self.sampling, callback=callback, image=pixels,
+            strength=self.strength, extras=self.extras.fitted(height, width, self.crop),
+        )  # fmt: skip
+
+    def ends_with(self, stage: Stage) -> bool:
+        """Whether a stage is the last one."""
+        return (stage.height, stage.width) == (self.height, self.width)
+
+    def images(
+        self,
+        stage: Stage,
+        prompts: list[str],
+        seeds: list[int],
+        picture: dict[str, str] | None = None,
+        additions: dict[str, Any] | None = None,
+    ) -> list[Image.Image]:
+        """The images of a stage, each with its record as JSON in `info["parameters"]`: enough to make it again.
+
+        `picture` says which file took the base's place: its name and SHA-256. `additions`: what was added
+        (`hires.additions.Additions.record`).
+        """
+        images = decode(self.backbone, stage, self.sampling.vae_tiling)
+        common = self._record(stage, picture, additions)
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            image.info["parameters"] = json.dumps(common | {"prompt": prompt, "seed": seed})
+        return images
+
+    def _record(self, stage: Stage, picture: dict[str, str] | None, additions: dict[str, Any] | None) -> dict[str, Any]:
+        """What the images of a stage have in common; prompt and seed are left open."""
+        import diffusers
+
+        backbone = self.backbone
+        return {
+            "model": backbone.name,
+            "revision": backbone.revision,
+            "adapters": adapter_digests(backbone.pipe, self.chosen.adapter),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "prompt": None,
+            "seed": None,
+            "variant": self.variant if isinstance(self.variant, str) else None,
+            "variant_fields": self.chosen.model_dump(),
+            "stage": stage.name,
+            "height": stage.height,
+            "width": stage.width,
+            "strength": self.strength,
+            "image": picture,
+            "additions": additions,
+            "sampling": self.sampling.over(backbone.defaults).model_dump(),
+            "versions": {
+                "hires": hires.__version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "python": platform.python_version(),
+            },
+        }

@@ -4,7 +4,6 @@ Example: hires generate --model tiny-flux --prompt "three red rings on a brick w
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,10 @@ from hires.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from hires.additions import Additions
+    from hires.generation import Request
+    from hires.sizes import Size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,21 +79,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from hires.additions import Additions, parse_lora
     from hires.execution.devices import without_fragments
-    from hires.files.storage import sha256
     from hires.files.untrusted import read_picture
-    from hires.settings import PRESETS, Sampling
     from hires.sizes import parse_size
 
-    height, width = parse_size(args.size)
-    chosen = variant(args.variant)
+    size = parse_size(args.size)
+    variant(args.variant)
+    settings = _settings(args)
+    _check_outputs(args)
+    image = read_picture(args.image, f"--image {args.image}") if args.image else None
+    additions = _additions(args)
+    additions.check()
+    without_fragments()
+    from hires.execution import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
+
+    if args.gpus < 1:
+        raise HiresError(f"--gpus {args.gpus}: must be at least 1")
+    if args.gpus > 1 and not parallel.launched():
+        return parallel.launch(args.gpus, args.argv)
+    _make(args, size, settings, image, additions)
+    return None
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """The settings given beside the preset, as text."""
+    from hires.settings import PRESETS, Sampling
+
     if args.preset not in (None, *PRESETS):
         raise unknown("preset", args.preset, PRESETS)
     given = parse_settings(args.set)
     if args.negative_prompt is not None:
         given["negative_prompt"] = args.negative_prompt
     Sampling.of(**given)
+    return given
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """HiresError unless images and previews have where to go."""
     if args.out.suffix.lower() != ".png":
         raise HiresError(f"--out {args.out}: only PNG carries the parameters: give a name that ends with .png")
     if not args.out.parent.is_dir():
@@ -99,11 +124,12 @@ def run(args: argparse.Namespace) -> int | None:
         raise HiresError(f"--images {args.images}: allowed: 1 or more")
     if args.preview and not sys.stderr.isatty():
         raise HiresError("--preview draws in a terminal, and stderr is none: leave it out, or use --all-stages")
-    image, picture = None, None
-    if args.image:
-        image = read_picture(args.image, f"--image {args.image}")
-        picture = {"file": args.image.name, "sha256": sha256(args.image)}
-    additions = Additions(
+
+
+def _additions(args: argparse.Namespace) -> "Additions":
+    from hires.additions import Additions, parse_lora
+
+    return Additions(
         loras=[parse_lora(text) for text in args.lora],
         controlnets=args.controlnet,
         control_images=args.control_image,
@@ -117,29 +143,30 @@ def run(args: argparse.Namespace) -> int | None:
         ip_adapter_images=args.ip_adapter_image,
         crop=args.crop,
     )
-    additions.check()
-    without_fragments()
-    from hires.execution import parallel  # seconds to import, with torch: not for an argument that is wrong anyway
 
-    if args.gpus < 1:
-        raise HiresError(f"--gpus {args.gpus}: must be at least 1")
-    if args.gpus > 1 and not parallel.launched():
-        return parallel.launch(args.gpus, args.argv)
 
+def _make(
+    args: argparse.Namespace,
+    size: "Size",
+    settings: dict[str, str],
+    image: "Image.Image | None",
+    additions: "Additions",
+) -> None:
+    """Load the model, and make one image after the other."""
     from hires.backbones import Backbone, load
-    from hires.cascade import Stage, decode
-    from hires.cascade import preview as small
-    from hires.execution.fp8 import only_8_bits
-    from hires.generation import record
-    from hires.generation import run as stages
-    from hires.provenance.records import save as write_png
+    from hires.execution import parallel
+    from hires.files.storage import sha256
+    from hires.generation import Request
+    from hires.settings import Sampling
 
     def sampled(backbone: Backbone) -> Sampling:
-        return Sampling.of(**{**backbone.preset(args.preset), **given})
+        return Sampling.of(**{**backbone.preset(args.preset), **settings})
 
     def prepare(backbone: Backbone) -> Backbone:
         backbone = additions.add(backbone)
         if sampled(backbone).linears == "fp8":
+            from hires.execution.fp8 import only_8_bits
+
             only_8_bits(backbone.model)
         if args.compile:
             from hires.execution.compilation import compile_blocks
@@ -148,36 +175,41 @@ def run(args: argparse.Namespace) -> int | None:
                 compile_blocks(model)
         return backbone
 
-    def save(stage: Stage, path: Path, seed: int) -> None:
-        told = record(
-            backbone, args.prompt, seed, args.variant, stage, sampling, args.strength, picture, additions.record()
-        )
-        made = decode(backbone, stage, sampling.vae_tiling)[0]
-        if parallel.first():
-            made.info["parameters"] = json.dumps(told)
-            write_png(made, path)
-
+    picture = {"file": args.image.name, "sha256": sha256(args.image)} if args.image else None
     with parallel.joined(args.device) as device, ProgressBar() as progress:
         backbone = load(args.model, device, args.dtype, args.weights, args.offload, prepare)
-        sampling = sampled(backbone)
+        request = Request(
+            backbone, args.variant, *size, sampled(backbone), image, args.strength, additions.extras(), additions.crop
+        )
+        told = {"picture": picture, "additions": additions.record()}
         for seed in range(args.seed, args.seed + args.images):
             out = args.out if args.images == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
-            stage = None
-            for stage in stages(
-                backbone, [args.prompt], [seed], chosen, height, width, sampling, image, args.strength,
-                progress.update, additions.extras(), additions.crop,
-            ):  # fmt: skip
-                if args.all_stages:
-                    save(stage, out.with_stem(f"{out.stem}-{stage.name}"), seed)
-                if args.preview and parallel.first() and (stage.height, stage.width) != (height, width):
-                    progress.close()
-                    print(blocks(small(backbone, stage)[0]), file=sys.stderr)
-            assert stage is not None
-            save(stage, out, seed)
+            _write(args, request, seed, out, told, progress)
             backbone.free()
             if parallel.first():
                 print(out)
-    return None
+
+
+def _write(
+    args: argparse.Namespace, request: "Request", seed: int, out: Path, told: dict[str, Any], progress: "ProgressBar"
+) -> None:
+    """Make one image and write it, with its stages where they are asked for."""
+    from hires.cascade import Stage, preview
+    from hires.execution.parallel import first
+    from hires.provenance.records import save
+
+    def write(stage: Stage, path: Path) -> None:
+        (image,) = request.images(stage, [args.prompt], [seed], **told)
+        if first():
+            save(image, path)
+
+    for stage in request.stages([args.prompt], [seed], progress.update):
+        if args.all_stages:
+            write(stage, out.with_stem(f"{out.stem}-{stage.name}"))
+        if args.preview and first() and not request.ends_with(stage):
+            progress.close()
+            print(blocks(preview(request.backbone, stage)[0]), file=sys.stderr)
+    write(stage, out)
 
 
 def blocks(image: "Image.Image", columns: int = 64) -> str:

@@ -1,6 +1,6 @@
 """The record that an image file carries: read, told in words, and carried out once more.
 
-`hires generate` records everything (`hires.generation.record`). The images stage records what tells an image from the
+`hires generate` records everything (`hires.generation.Request`). The images stage records what tells an image from the
 others of its configuration, which says the rest.
 """
 
@@ -286,20 +286,17 @@ def make(
     additions: Additions = NOTHING,
 ) -> tuple[Image.Image, dict[str, Any]]:
     """The image once more, and its record of now. A stage on the way is the last one of a run to its own size."""
-    from hires.cascade import decode
-    from hires.generation import record, run
+    from hires.generation import Request
 
-    *_, stage = run(
-        backbone, [recipe.prompt], [recipe.seed], recipe.variant_fields, recipe.height, recipe.width, recipe.sampling,
-        picture, recipe.strength, callback, additions.extras(), additions.crop,
+    prompts, seeds = [recipe.prompt], [recipe.seed]
+    request = Request(
+        backbone, recipe.variant_fields, recipe.height, recipe.width, recipe.sampling, picture, recipe.strength,
+        additions.extras(), additions.crop,
     )  # fmt: skip
-    image = decode(backbone, stage, recipe.sampling.vae_tiling)[0]
+    *_, stage = request.stages(prompts, seeds, callback)
     own = recipe.image.model_dump() if recipe.image else None
-    now = record(
-        backbone, recipe.prompt, recipe.seed, recipe.variant_fields, stage, recipe.sampling, recipe.strength, own,
-        additions.record(),
-    )  # fmt: skip
-    return image, {**now, "variant": recipe.variant}
+    (image,) = request.images(stage, prompts, seeds, own, additions.record())
+    return image, {**json.loads(image.info["parameters"]), "variant": recipe.variant}
 
 
 def compare(former: Image.Image, image: Image.Image) -> str:
