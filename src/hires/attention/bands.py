@@ -7,6 +7,7 @@ text rows, means over a band's patches, are averaged by their numbers of patches
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from hires.attention.flux import image_ids
+from hires.attention.flux import check_call, image_ids
 from hires.attention.layers import Grid
 from hires.attention.npa import FluxNpaProcessor, NpaLayer
 from hires.errors import HiresError
@@ -109,27 +110,29 @@ def _(x):
     return torch.empty_like(x)
 
 
-class BandLayer(NpaLayer):
-    """The operation of one layer, of which this process has a band."""
+class BandLayer:
+    """Stands in for the `NpaLayer` of a layer, of which this process has a band: gathers, attends, averages text rows.
+
+    rope: (cos, sin) of the rows that the band's windows see.
+    """
 
     def __init__(self, whole: NpaLayer, rope: tuple[Tensor, Tensor], divided: list[Band]) -> None:
-        self.__dict__.update(whole.__dict__)
-        band = divided[dist.get_rank()]
-        (_, self.width), self.window = whole.layer.grid, whole.layer.window
-        self.rope, self.rows, self.first = rope, band.high - band.low, band.first - band.low
-        self.tokens = (band.last - band.first) * self.width
+        band, width, self.window = divided[dist.get_rank()], whole.layer.grid[1], whole.layer.window
+        self.layer = replace(whole.layer, grid=(band.last - band.first, width))
+        self.tokens, self.backend, self.rope = (band.last - band.first) * width, whole.backend, rope
+        self.seen_grid, self.first = (band.high - band.low, width), band.first - band.low
         patches = [ceil((one.last - one.first) / (self.window[0] // 2)) for one in divided]
         self.share = patches[dist.get_rank()] / sum(patches)
         self.owned = [row for one in divided for row in (one.first, one.last)]
         self.seen = [row for one in divided for row in (one.low, one.high)]
 
     def check(self, tokens: int, attention_mask: Tensor | None) -> None:
-        """The transformer's input was cut to size (`divided`)."""
+        check_call("npa", self.layer, tokens, attention_mask)
 
     def __call__(self, query, key, value, text=None, rope=None):
-        key, value = gather_rows(key, value, self.width, self.owned, self.seen)
+        key, value = gather_rows(key, value, self.seen_grid[1], self.owned, self.seen)
         image, text_rows = hires_kernels.band_attention(
-            query, key, value, grid=(self.rows, self.width), window=self.window, first=self.first,
+            query, key, value, grid=self.seen_grid, window=self.window, first=self.first,
             text=text, rope=self.rope, backend=self.backend,
         )  # fmt: skip
         return image, sum_over_processes(text_rows.float() * self.share).to(text_rows.dtype)
@@ -158,10 +161,10 @@ def divided(
     own = slice(band.first * width, band.last * width)
     rope = transformer.pos_embed(image_ids(grid, device)[band.low * width : band.high * width])
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        processor = block.attn.processor
-        if type(processor) is not FluxNpaProcessor:
-            raise HiresError(f"several devices: a {type(processor).__name__} can't be divided; leave the adapter out")
-        processor.operation = BandLayer(processor.operation, rope, found)
+        kind = type(block.attn.processor)
+        if kind is not FluxNpaProcessor:
+            raise HiresError(f"several devices: a {kind.__name__} can't be divided; leave the adapter out")
+        block.attn.processor.operation = BandLayer(block.attn.processor.operation, rope, found)
 
     def cut(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {
