@@ -10,7 +10,7 @@ from scipy import stats
 
 from hires.analysis import claims, tables
 from hires.analysis.results import Results
-from hires.analysis.statistics import holm, p_value, t_interval
+from hires.analysis.statistics import holm, p_value, t_interval, t_p_value
 from hires.config import load_config
 from hires.errors import HiresError
 from hires.metrics import paired
@@ -58,6 +58,34 @@ def test_intervals_over_trials_are_students():
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert np.isnan(t_interval([1.0])).all()
+    assert t_p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert (t_p_value([0.5, 0.5]), t_p_value([0.0, 0.0])) == (0, 1)
+
+
+def test_differences_over_trials_are_those_of_each_seed():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, 5)
+    values = {name: noise + shift + 0.01 * rng.normal(0, 1, 5) for name, shift in zip(("npa", "npa+lfm"), (0, 0.1))}
+    values["npa+sg"] = noise + 0.3 * rng.normal(0, 1, 5)
+    rows = [
+        {**PLACE, "metric": "kid", "variant": variant, "trial": str(seed), "value": value}
+        for variant, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    table = tables.over_trials(pd.DataFrame(rows[::-1])).set_index("a")
+    assert table.index.tolist() == ["npa+lfm", "npa+sg"] and set(table["b"]) == {"npa"} and set(table["n"]) == {5}
+    p = {a: stats.ttest_rel(values[a], values["npa"]).pvalue for a in ("npa+lfm", "npa+sg")}
+    assert table["p"].to_dict() == pytest.approx(p)
+    assert table["p_holm"].tolist() == pytest.approx(holm(list(p.values())).tolist())
+    low, high = t_interval(values["npa+lfm"] - values["npa"])
+    assert tuple(table.loc["npa+lfm", ["low", "high"]]) == pytest.approx((low, high))
+    assert tables.over_trials(pd.DataFrame(rows[:1])).empty
+
+
+def test_variants_in_several_settings_keep_their_order():
+    names = ["npa+lfm, b", "mine, a", "npa, b", "scalediff, a", "npa, a", "true image"]
+    expected = ["true image", "npa, a", "npa, b", "npa+lfm, b", "scalediff, a", "mine, a"]
+    assert tables.variants_of(pd.DataFrame({"variant": names})) == expected
 
 
 def test_pairs_are_corrected_within_their_metric():
@@ -157,7 +185,7 @@ def test_trials_are_compared_seed_by_seed(tmp_path):
     row = claims.judge([claim()], found).iloc[0]
     assert row["trials"] == 3
     assert (row["trial_low"], row["trial_high"]) == pytest.approx(t_interval([-1.0, -0.5, -1.0]))
-    assert "in 3 trials" in claims.sentences([claim()], claims.judge([claim()], found))["c"][0]
+    assert "in 3 trials, over which −1000 [" in claims.sentences([claim()], claims.judge([claim()], found))["c"][0]
 
 
 def test_the_papers_claims_name_studies_variants_and_settings_that_exist():

@@ -183,9 +183,11 @@ def test_claims_are_judged_on_what_is_there(tmp_path, monkeypatch):
     assert "same direction in" in text
     place = "tiny-flux-64x64"
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {"claims", "claims-failures-tiny-flux", f"study-components-{place}", f"study-failures-{place}"}
+    studies = {f"study-components-{place}", f"study-failures-{place}"}
+    assert drawn == {"claims", f"claims-trials-{place}", "claims-failures-tiny-flux", *studies}
     tables = {path.stem for path in (tmp_path / "tables").glob("*.md")}
-    assert {"claims", "claims-trials", "claims-directions", "claims-measured", "study-failures"} <= tables
+    shown = ("claims-trials", "claims-trials-paired", "claims-directions", "claims-measured", "study-failures")
+    assert {"claims", *shown} <= tables
 
 
 def test_claims_work_on_results_without_any_study(results, tmp_path, monkeypatch):

@@ -78,6 +78,17 @@ def test_promoting_again_replaces_the_studies_of_that_run_only(place):
     assert [record["commit"] for record in records] == ["first 4.0"]
 
 
+def test_shards_of_the_same_origin_are_recorded_once(place):
+    folder = run(place / "one", "first", ["main"])
+    record = json.loads((folder / "provenance.json").read_text())
+    runs = [{**machine(), "time": f"2026-11-22T00:00:0{second}+00:00", "config": "0" * 16} for second in (2, 1, 3)]
+    record["runs"] = [*runs, {**runs[2], "gpu": "another"}]
+    (folder / "provenance.json").write_text(json.dumps(record))
+    assert promote(folder) == 0
+    (kept,) = json.loads(Path("results/reference/provenance/first.json").read_text())
+    assert kept["runs"] == [runs[1], record["runs"][3]]
+
+
 def test_a_new_column_is_null_in_older_rows_and_a_lost_one_is_refused(place, capsys):
     promote(run(place / "one", "first", ["main"]))
     assert promote(run(place / "two", "second", ["other"], p=0.5)) == 0

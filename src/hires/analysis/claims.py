@@ -159,7 +159,11 @@ def _sentence(row) -> str:
         return f"{what}: **missing**, these results hold no such images."
     value = tables.interval(row.difference * shown.scale, row.low * shown.scale, row.high * shown.scale, signed=True)
     unit = f" {shown.unit}" if shown.unit else ""
-    n = f"n = {int(row.n)}" + (f" in {int(row.trials)} trials" if row.trials > 1 else "")
+    n = f"n = {int(row.n)}"
+    if row.trials > 1:
+        low, high = row.trial_low * shown.scale, row.trial_high * shown.scale
+        spread = tables.interval(row.difference * shown.scale, low, high, signed=True)
+        n += f" in {int(row.trials)} trials, over which {spread}"
     verdict = UNDECIDED + " at this n" if row.verdict == UNDECIDED else row.verdict
     place = f"{row.backbone}, {size_name(int(row.height), int(row.width))}"
     return f"{what}: {value}{unit} ({place}, {n}, p {tables.p_text(row.p_holm)} after Holm): **{verdict}**."

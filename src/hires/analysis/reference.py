@@ -17,7 +17,7 @@ import pandas as pd
 
 from hires.errors import HiresError
 from hires.files import parquet
-from hires.files.storage import read_json, write_json
+from hires.files.storage import digest, read_json, write_json
 from hires.provenance.schema import Provenance
 from hires.stages import checksums
 
@@ -29,7 +29,8 @@ FOLDERS = ("tables", "figures", "crops")
 def promote(source: Path, target: Path = REFERENCE) -> list[str]:
     """Take the scores, tables, figures and records of a results folder into `target`; returns the studies taken.
 
-    Rows of these studies are replaced, and so are all tables and figures of the configuration; the rest stays.
+    Rows of these studies are replaced, and so are all tables and figures of the configuration; the rest stays. Origins
+    of shards that differ in nothing but the time are recorded once, with the first of these.
     HiresError where the folder is unfinished, or a study of that name is another configuration's.
     """
     for name in (*TABLES, "provenance.json", "prompts.parquet"):
@@ -37,6 +38,7 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
             raise HiresError(f"{source} holds no {name}: finish the run first")
     file = source / "provenance.json"
     record = Provenance.of(read_json(file), file).model_dump(exclude_unset=True)
+    record["runs"] = _distinct(record.get("runs", []))
     config = record["configuration"]["name"]
     taken = sorted(set(pd.read_parquet(source / "metrics.parquet", columns=["study"])["study"]))
     merged = {name: _merged(source / name, target / name, config, taken) for name in TABLES}
@@ -76,6 +78,13 @@ def _others(target: Path, config: str, studies: list[str]) -> list[dict[str, Any
     """The records of what stays: studies of earlier promotions that this one doesn't replace."""
     kept = [{**record, "studies": sorted({*record["studies"]} - {*studies})} for record in records(config, target)]
     return [record for record in kept if record["studies"]]
+
+
+def _distinct(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for origin in sorted(runs, key=lambda origin: origin["time"]):
+        found.setdefault(digest({**origin, "time": ""}), origin)
+    return list(found.values())
 
 
 def _merged(source: Path, target: Path, config: str, studies: list[str]) -> pd.DataFrame:

@@ -39,3 +39,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
         return nan, nan
     half = stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def t_p_value(values: Sequence[float]) -> float:
+    """Two-sided p of a mean of zero by Student's t; where all trials say the same, 1 if that is zero, else 0."""
+    error = np.std(values, ddof=1) / sqrt(len(values))
+    if error == 0:
+        return float(np.mean(values) == 0)
+    return float(2 * stats.t.sf(abs(np.mean(values)) / error, len(values) - 1))

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from hires.analysis.results import BETWEEN, TRUE, named, repository_root, size_name, where
-from hires.analysis.statistics import t_interval
+from hires.analysis.statistics import holm, t_interval, t_p_value
 from hires.errors import printable
 from hires.variants import VARIANTS
 
@@ -100,8 +100,11 @@ def in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
 
 
 def variants_of(frame: pd.DataFrame) -> list[str]:
-    """The distinct variants of a table, true images first."""
-    return in_order(frame["variant"], [TRUE, *VARIANTS])
+    """The distinct variants of a table, each in one setting or in several (`by_setting`), true images first."""
+    order = [TRUE, *VARIANTS]
+    parts = {name: name.partition(", ") for name in set(frame["variant"])}
+    variants = in_order((variant for variant, _, _ in parts.values()), order)
+    return sorted(parts, key=lambda name: (variants.index(parts[name][0]), parts[name][2]))
 
 
 def metrics_of(frame: pd.DataFrame) -> list[str]:
@@ -256,6 +259,30 @@ def spread(trials: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataF
             row[metric(name).title] = interval(values.mean(), *t_interval(values)) if len(values) > 1 else "–"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def over_trials(trials: pd.DataFrame, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> pd.DataFrame:
+    """Differences a − b of each trial's own scores: their mean with 95 % of Student's t, as rows of paired.parquet.
+
+    All images of a trial start from the noise of its seed, so this interval is for other noise, as that over prompts is
+    for other prompts. n counts trials, `p_holm` is corrected for the pairs of one metric.
+
+    Args:
+        trials: scores of each trial, of one study and setting.
+    """
+    rows = []
+    keys = ["backbone", "height", "width", "metric"]
+    nothing = pd.Series(dtype=float)
+    for place, group in trials.groupby(keys, sort=False):
+        values = {variant: rows.set_index("trial")["value"] for variant, rows in group.groupby("variant")}
+        for a, b in pairs:
+            found = (values.get(a, nothing) - values.get(b, nothing)).dropna()
+            if len(found) > 1:
+                low, high = t_interval(found)
+                numbers = {"difference": found.mean(), "low": low, "high": high, "n": len(found)}
+                rows.append({**dict(zip(keys, place)), "a": a, "b": b, **numbers, "p": t_p_value(found)})
+    table = pd.DataFrame(rows, columns=[*keys, "a", "b", "difference", "low", "high", "n", "p"])
+    return table.assign(p_holm=table.groupby(keys)["p"].transform(holm))
 
 
 def best_setting(scores: pd.DataFrame, paired: pd.DataFrame, name: str, reference: str) -> list[str]:

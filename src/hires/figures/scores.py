@@ -18,8 +18,8 @@ def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> F
     """One panel per metric, one line per variant, for the rows of one backbone and size."""
     names = [name for name in tables.metrics_of(metrics) if names is None or name in names]
     variants = tables.variants_of(metrics)
-    columns = min(_COLUMNS, len(names))
-    rows = -(-len(names) // columns)
+    rows = -(-len(names) // _COLUMNS)
+    columns = -(-len(names) // rows)
     with style():
         height = rows * (0.75 + 0.17 * len(variants)) + 0.25
         figure, axes = panels(rows, columns, height, sharey=True)
