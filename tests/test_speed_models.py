@@ -14,6 +14,8 @@ from hires.attention import use_attention
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
+from hires.execution.compilation import COMPILED
+from hires.execution.graphs import Graphs
 from hires.figures.speed import against_size
 from hires.files.storage import read_json, write_json
 from hires.speed import flop, parts, settings, steps, summary
@@ -95,12 +97,31 @@ def test_a_step_is_timed_after_the_first_and_once_where_it_is_slow():
         slow("stage-1", 2, 5, torch.zeros(1))
 
 
+def test_steps_that_make_a_graph_ready_are_not_timed(monkeypatch):
+    watch = steps.Watch(torch.device("cpu"), repeats=1, patience=10)
+    for step in (1, 2, 3):
+        monkeypatch.setattr(Graphs, "prepared", Graphs.prepared + 1)
+        watch("stage-1", step, 5, torch.zeros(1))
+    monkeypatch.setattr(Graphs, "replayed", Graphs.replayed + 1)
+    with pytest.raises(steps.Enough):
+        watch("stage-1", 4, 5, torch.zeros(1))
+    assert len(watch.times) == 1 and watch.graph
+
+
+@pytest.mark.gpu
+def test_a_short_step_is_a_replay():
+    backbone = load("tiny-sdxl", torch.device("cuda"), "bfloat16")
+    COMPILED.add(backbone.model)
+    step = steps.timed_step(backbone, steps.CONTENDERS["scalediff"], 256, repeats=3, patience=10)
+    assert step["graph"] and len(step["times"]) == 3 and 0.01 < step["busy"] < 1
+
+
 @pytest.mark.gpu
 def test_how_busy_a_gpu_is():
     """Small kernels wait for the host; a step that is slower than the patience isn't profiled."""
     backbone = load("tiny-flux", torch.device("cuda"))
     step = steps.timed_step(backbone, steps.CONTENDERS["scalediff"], 256, repeats=3, patience=10)
-    assert 0.01 < step["busy"] < 1 and len(step["times"]) == 3
+    assert 0.01 < step["busy"] < 1 and len(step["times"]) == 3 and not step["graph"]
     assert steps.timed_step(backbone, steps.CONTENDERS["scalediff"], 256, repeats=3, patience=0)["busy"] is None
 
 

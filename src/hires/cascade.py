@@ -28,6 +28,7 @@ from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.execution.fp8 import fp8_linears
+from hires.execution.graphs import cuda_graphs
 from hires.execution.step_cache import step_cache
 from hires.methods import GUIDES, Guide, Guided, sharpen
 from hires.methods.frequency import low_pass, resize
@@ -252,6 +253,10 @@ def _denoise(run: Run, name: str, start: _Start) -> Tensor:
             contexts.enter_context(fp8_linears(backbone.model))
         contexts.enter_context(step_cache(backbone.model, sampling.step_cache, steps))
         contexts.enter_context(divided(backbone.model, variant, sampling, canvas, base_size, start.control is not None))
+        if "shifts" not in options:  # which are others at every step
+            images = len(latents) if variant.views == "none" else sampling.view_batch
+            pixels = images * canvas[0] * canvas[1] * backbone.scale**2
+            contexts.enter_context(cuda_graphs(backbone.model, backbone.device, pixels))
         for step in range(first, schedule.num_inference_steps):
             for handle in handles:
                 handle.step = step - first

@@ -172,7 +172,9 @@ class Compute(Section):
     out_of_memory: Literal["refuse", "adapt"] = Field(
         "refuse", description="adapt goes on with half the batch or views, a tiled VAE, offload; records name which"
     )
-    compile: bool = Field(False, description="compile the model's blocks: a minute a size, then faster; other rounding")
+    compile: bool = Field(
+        False, description="compile blocks, replay short steps: a minute a size, then faster; other rounding"
+    )
     image_format: Literal["png", "tiff"] = Field(
         "png", description="both lossless; tiff is uncompressed and written faster"
     )

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--weights", default="pretrained", help="pretrained, or random to measure time and memory")
     machine.add_argument("--offload", metavar="KIND", help="parts wait in main memory: model, group or sequential")
     machine.add_argument(
-        "--compile", action="store_true", help="compile the model's blocks: a minute a size, then faster"
+        "--compile", action="store_true", help="compile blocks, replay short steps: a minute a size, then faster"
     )
     machine.add_argument(
         "--preset", help="fast: 8-bit linear layers, cheaper text rows, extrapolated steps; --set goes over it"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ ATTENTION = (  # PyTorch's own order has cuDNN, the fastest on Hopper, behind it
     SDPBackend.MATH,
 )
 GRAPHS = 256  # of one kind of block: sizes, attention kinds, batches; torch allows 8
+COMPILED: WeakSet[nn.Module] = WeakSet()  # the models after `compile_blocks`
 
 
 def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
@@ -40,6 +42,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
             module.forward = _with_attention(  # type: ignore[method-assign]
                 torch.compile(module.forward, fullgraph=True, dynamic=False, backend=backend)
             )
+    COMPILED.add(model)
     return model
 
 

@@ -14,6 +14,7 @@ from hires.attention import use_attention
 from hires.backbones.base import Backbone
 from hires.cascade import cascade
 from hires.execution.compilation import fastest_attention
+from hires.execution.graphs import REPLAYED_FROM, Graphs, cuda_graphs
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.speed.free import without_attention
@@ -61,8 +62,9 @@ class Enough(Exception):
 class Watch:
     """A callback of the cascade that times the steps after the first, which compiles and warms up.
 
-    After `repeats` of them, or one longer than `patience` seconds, it raises `Enough`. On a GPU one more step is then
-    profiled where steps are short: `kernels` is the seconds that its kernels ran, None where that isn't known.
+    Steps in which a CUDA graph is made ready are left out, too. After `repeats` others, or one longer than `patience`
+    seconds, it raises `Enough`. On a GPU one more step is then profiled where steps are short: `kernels` is the seconds
+    that its kernels ran, None where that isn't known. `graph`: whether the timed steps were replays.
     """
 
     def __init__(self, device: torch.device, repeats: int, patience: float):
@@ -71,6 +73,8 @@ class Watch:
         self.warm_up = 0.0
         self.kernels: float | None = None
         self.profile: torch.profiler.profile | None = None
+        self.graph = False
+        self.prepared, self.replayed = Graphs.prepared, Graphs.replayed
         self.last = time.perf_counter()
 
     def __call__(self, stage: str, step: int, steps: int, latents: Tensor) -> None:
@@ -83,7 +87,8 @@ class Watch:
             self.profile.stop()
             self.kernels = sum(event.self_device_time_total for event in self.profile.key_averages()) / 1e6
             raise Enough
-        else:
+        elif self.prepared == Graphs.prepared:
+            self.graph = self.replayed < Graphs.replayed
             self.times.append(now - self.last)
             slow = self.times[-1] > self.patience
             if slow or len(self.times) == self.repeats:
@@ -91,6 +96,7 @@ class Watch:
                     raise Enough
                 self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profile.start()
+        self.prepared, self.replayed = Graphs.prepared, Graphs.replayed
         self.last = time.perf_counter()
 
 
@@ -112,10 +118,10 @@ def noise(*shape: int, device: torch.device) -> Tensor:
 def timed_step(backbone: Backbone, contender: Contender, side: int, repeats: int, patience: float) -> Row:
     """Median seconds of a denoising step at side² pixels, Structure Guidance and the scheduler's step included.
 
-    `busy`: the share of that time in which a GPU computes. What is missing to 1 is all that CUDA graphs could save.
+    `busy`: the share of that time in which a GPU computes. `graph`: whether the model ran as a CUDA graph.
     """
     base = backbone.base_resolution
-    steps = repeats + 2
+    steps = REPLAYED_FROM + repeats + 1
     settings = {"num_inference_steps": 2 * steps, "tau": 500, "reference": "latent", **contender.settings}
     variant, given = contender.step(), None
     if side == base:
@@ -134,6 +140,7 @@ def timed_step(backbone: Backbone, contender: Contender, side: int, repeats: int
         "seconds": step,
         "times": watch.times,
         "busy": None if watch.kernels is None else watch.kernels / step,
+        "graph": watch.graph,
         "warm_up": watch.warm_up,
         "peak_bytes": peak(backbone.device),
     }
@@ -151,11 +158,18 @@ def best_view_batch(backbone: Backbone, side: int) -> tuple[int, dict[int, float
         rows = {name: x.expand(n, *x.shape[1:]) for name, x in conditioning.items()}
         crops = noise(n, backbone.latent_channels, *base, device=backbone.device)
 
+        @torch.no_grad()
         def call(rows: Any = rows, crops: Tensor = crops) -> Tensor:
             schedule = backbone.schedule(sampling, base)
             return backbone.predict(crops, schedule, 0, rows, sampling, (backbone.base_resolution,) * 2)
 
-        with use_attention(backbone.model, "dense", base, base), fastest_attention(backbone.device):
+        with (
+            use_attention(backbone.model, "dense", base, base),
+            fastest_attention(backbone.device),
+            cuda_graphs(backbone.model, backbone.device, n * backbone.base_resolution**2),
+        ):
+            for _ in range(REPLAYED_FROM - 1):
+                call()
             found[n] = seconds(call, backbone.device, 3, 20)["seconds"] / n
     return min(found, key=lambda n: found[n]), found
 

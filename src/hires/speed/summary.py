@@ -88,7 +88,7 @@ def measurements(folder: Path) -> pd.DataFrame:
     if not found:
         raise HiresError(f"{folder} has no measured part: run `hires speed`")
     table = pd.DataFrame(found)
-    optional = "reason seconds peak_bytes flop flop_low view_batch dtype_vae stages warm_up busy"
+    optional = "reason seconds peak_bytes flop flop_low view_batch dtype_vae stages warm_up busy graph"
     table = table.reindex(columns=[*table.columns, *(x for x in optional.split() if x not in table)])
     return table.sort_values(["model", "size", "contender", "what"], kind="stable", ignore_index=True)
 
@@ -143,6 +143,7 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
             "µs a token": (table["seconds"].astype(float) / tokens * 1e6).map(_number),
             "peak GiB": (table["peak_bytes"].astype(float) / 2**30).map(_number),
             "GPU busy, %": (100 * table["busy"].astype(float)).map(_number),
+            "CUDA graph": table["graph"].eq(True).map({True: "yes", False: ""}),
             "views a call": table["view_batch"].map(_number),
             "first step, s": table["warm_up"].map(_number),
             "note": table["reason"].fillna(""),

@@ -13,5 +13,5 @@ VERSIONS = {
     "report": 1,
     "provenance": 1,
     "checksums": 1,
-    "speed": 1,
+    "speed": 2,
 }

@@ -1,0 +1,218 @@
+"""CUDA graphs of short steps: the logic on the CPU with traces in their place, the graphs themselves on a GPU."""
+
+from functools import cache
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from hires import load
+from hires.cascade import cascade
+from hires.execution import graphs
+from hires.execution.compilation import COMPILED, compile_blocks
+from hires.execution.graphs import Graphs, cuda_graphs, replayed, suitable
+from hires.execution.step_cache import step_cache
+from hires.settings import Sampling
+from hires.variants import VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Traces:
+    """Records as a GPU does: operations on tensors that stay in place; what Python decided is decided for good."""
+
+    def __init__(self, able=True):
+        self.able, self.recorded, self.released = able, 0, 0
+
+    def rehearse(self, call):
+        return call(), self.able
+
+    def record(self, call, buffers):
+        self.recorded += 1
+        trace = make_fx(call)(*buffers)
+        output = tree_map_only(torch.Tensor, torch.clone, trace(*buffers))
+
+        def launch():
+            for kept, new in zip(output, trace(*buffers), strict=True):
+                kept.copy_(new)
+
+        return output, launch
+
+    def release(self):
+        self.released += 1
+
+
+class Affine(nn.Module):
+    def forward(self, x, *, more, factor=1.0, offset=None):
+        total = factor * x + more["shifts"][0]
+        return (total if offset is None else total + offset,)
+
+
+def made(backbone, variant, steps=4, callback=None, **settings):
+    """Latents of every stage at 256², of `steps` steps, from given base latents where the variant takes any."""
+    sampling = Sampling.of(num_inference_steps=2 * steps, tau=500, **settings)
+    given = None
+    if VARIANTS[variant].start == "base":
+        given = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    stages = cascade(backbone, ["a red disc"], [0], VARIANTS[variant], 256, 256, sampling, given, callback)
+    return [stage.latents for stage in stages]
+
+
+def counted(call):
+    """What a call returns, and the replays in it."""
+    before = Graphs.replayed
+    return call(), Graphs.replayed - before
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The cascade's stages run as traces, which the list collects."""
+    found = []
+
+    def instead(model, device, pixels):
+        found.append(Traces())
+        return replayed(model, found[-1])
+
+    monkeypatch.setattr("hires.cascade.cuda_graphs", instead)
+    return found
+
+
+@pytest.mark.parametrize(("model", "variant"), [("tiny-flux", "hybrid"), ("tiny-sdxl", "scalediff")])
+def test_nothing_but_the_arguments_changes_between_steps(model, variant, monkeypatch, request):
+    """The trace of one step is right for all others; Scale-DiT's pass over the low-resolution image is no step."""
+    backbone = load(model, "cpu")
+    expected = made(backbone, variant)
+    traces = request.getfixturevalue("traced")
+    found, replays = counted(lambda: made(backbone, variant))
+    assert all(map(torch.equal, found, expected))
+    assert [one.recorded for one in traces] == [one.released for one in traces] == [1] and replays == 1
+    assert "forward" not in vars(backbone.model)
+
+
+def test_shifts_that_are_drawn_anew_are_not_recorded(traced):
+    made(load("tiny-sdxl", "cpu"), "npa", steps=1, random_shift=True)
+    assert not traced
+
+
+def test_a_recording_is_for_one_signature():
+    model, traces = Affine(), Traces()
+
+    def ask(rows=2, more=1.0, **options):
+        x, shift = torch.rand(rows, 3), torch.full((3,), more)
+        (found,) = model(x, more={"shifts": [shift]}, **options)
+        offset = options.get("offset")
+        expected = options.get("factor", 1.0) * x + more + (0 if offset is None else offset)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        return found
+
+    with replayed(model, traces) as graphs_of_model:
+        first = [ask(more=float(i)) for i in range(6)]
+        assert traces.recorded == 1 and len({x.data_ptr() for x in first}) == 6  # nobody gets the recording's own
+        for changed in ({"rows": 4}, {"factor": 2.0}, {"offset": torch.ones(3)}, {"offset": torch.ones(1).expand(3)}):
+            before = traces.recorded
+            for _ in range(4):
+                ask(**changed)
+            assert traces.recorded == before + 1
+        for _ in range(3):
+            model(torch.rand(3, 2).t(), more={"shifts": [torch.ones(3)]})  # other strides
+        assert traces.recorded == 6 == len(graphs_of_model.kinds) and not traces.released
+    assert traces.released == 1 and not graphs_of_model.kinds and "forward" not in vars(model)
+
+
+def test_what_waits_for_the_device_is_never_recorded():
+    model, traces = Affine(), Traces(able=False)
+    with replayed(model, traces):
+        _, replays = counted(lambda: [model(torch.ones(3), more={"shifts": [1]}) for _ in range(5)])
+    assert traces.recorded == traces.released == replays == 0
+
+
+def test_models_that_are_suitable():
+    model = load("tiny-flux", "cpu", weights="random").model
+    assert not suitable(model, 256**2)  # not compiled
+    compile_blocks(model, "eager")
+    assert suitable(model, 2048**2) and not suitable(model, 2048 * 2112)
+    with cuda_graphs(model, torch.device("cpu"), 256**2):
+        assert "forward" not in vars(model)  # no GPU
+    hook = model.transformer_blocks[0].register_forward_hook(lambda *_: None)
+    assert not suitable(model, 256**2)
+    hook.remove()
+    with step_cache(model, 3, 5):
+        assert not suitable(model, 256**2)
+    assert suitable(model, 256**2)
+    add_hook_to_module(model, ModelHook())  # as offloading does
+    assert not suitable(model, 256**2)
+    remove_hook_from_module(model)
+    assert suitable(model, 256**2)
+
+
+MODELS = [(m, v) for m in ("tiny-flux", "tiny-sdxl") for v in VARIANTS if m == "tiny-flux" or not VARIANTS[v].adapter]
+
+
+@cache
+def on_gpu(model, dtype="bfloat16"):
+    """A model that counts as compiled and isn't, which takes no time."""
+    backbone = load(model, "cuda", dtype)
+    COMPILED.add(backbone.model)
+    return backbone
+
+
+def check_bits(monkeypatch, backbone, variant, **settings):
+    found, replays = counted(lambda: made(backbone, variant, steps=6, **settings))
+    monkeypatch.setattr(graphs, "PIXELS", 0)
+    expected, none = counted(lambda: made(backbone, variant, steps=6, **settings))
+    assert none == 0 and (replays > 0) is VARIANTS[variant].denoise
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "variant"), MODELS)
+def test_replays_give_the_same_bits(model, variant, monkeypatch):
+    check_bits(monkeypatch, on_gpu(model), variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "settings"), [("tiny-flux", {"linears": "fp8"}), ("tiny-sdxl", {})])
+def test_replays_of_compiled_blocks_give_the_same_bits(model, settings, monkeypatch):
+    backbone = load(model, "cuda", "bfloat16")
+    compile_blocks(backbone.model)
+    check_bits(monkeypatch, backbone, "scalediff", **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("bfloat16", {"random_shift": True}),
+        ("bfloat16", {"step_cache": 3}),
+        ("bfloat16", {"attention_backend": "sdpa"}),  # which has its indices from the host
+        ("float32", {}),
+    ],
+)
+def test_steps_that_change_or_wait_are_not_replayed(dtype, settings):
+    latents, replays = counted(lambda: made(on_gpu("tiny-flux", dtype), "scalediff", steps=6, **settings))
+    assert replays == 0 and latents[-1].isfinite().all()
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.gpu
+def test_a_stage_gives_its_memory_back():
+    private = []
+
+    def look(*_):
+        private.append(sum(part["segment_pool_id"] != (0, 0) for part in torch.cuda.memory_snapshot()))
+
+    made(on_gpu("tiny-sdxl"), "multidiffusion+lfm+sg", callback=look)
+    before = torch.cuda.memory_allocated()
+    made(on_gpu("tiny-sdxl"), "multidiffusion+lfm+sg", callback=look)
+    assert private[0] == private[4] == 0 < private[3]
+    look()
+    assert private[-1] == 0 and torch.cuda.memory_allocated() == before
