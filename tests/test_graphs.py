@@ -13,7 +13,7 @@ from hires import load
 from hires.cascade import cascade
 from hires.execution import graphs
 from hires.execution.compilation import COMPILED, compile_blocks
-from hires.execution.graphs import Graphs, cuda_graphs, replayed, suitable
+from hires.execution.graphs import CudaRecorder, Graphs, cuda_graphs, replayed, suitable
 from hires.execution.step_cache import step_cache
 from hires.settings import Sampling
 from hires.variants import VARIANTS
@@ -102,29 +102,31 @@ def test_shifts_that_are_drawn_anew_are_not_recorded(traced):
     assert not traced
 
 
-def test_a_recording_is_for_one_signature():
-    model, traces = Affine(), Traces()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_recording_is_for_one_signature(device):
+    model, recorder = Affine(), Traces() if device == "cpu" else CudaRecorder(torch.device("cuda"))
 
-    def ask(rows=2, more=1.0, **options):
-        x, shift = torch.rand(rows, 3), torch.full((3,), more)
+    def ask(x, more=1.0, **options):
+        shift, offset = torch.full((3,), more, device=device), options.get("offset", 0)
         (found,) = model(x, more={"shifts": [shift]}, **options)
-        offset = options.get("offset")
-        expected = options.get("factor", 1.0) * x + more + (0 if offset is None else offset)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found, options.get("factor", 1.0) * x + more + offset, rtol=0, atol=0)
         return found
 
-    with replayed(model, traces) as graphs_of_model:
-        first = [ask(more=float(i)) for i in range(6)]
-        assert traces.recorded == 1 and len({x.data_ptr() for x in first}) == 6  # nobody gets the recording's own
-        for changed in ({"rows": 4}, {"factor": 2.0}, {"offset": torch.ones(3)}, {"offset": torch.ones(1).expand(3)}):
-            before = traces.recorded
-            for _ in range(4):
-                ask(**changed)
-            assert traces.recorded == before + 1
-        for _ in range(3):
-            model(torch.rand(3, 2).t(), more={"shifts": [torch.ones(3)]})  # other strides
-        assert traces.recorded == 6 == len(graphs_of_model.kinds) and not traces.released
-    assert traces.released == 1 and not graphs_of_model.kinds and "forward" not in vars(model)
+    def drawn(*shape):
+        return torch.rand(shape, device=device)
+
+    with replayed(model, recorder) as calls:
+        first = [ask(drawn(2, 3), more=float(i)) for i in range(6)]
+        assert len({x.data_ptr() for x in first}) == 6  # nobody gets the recording's own
+        for _ in range(4):
+            ask(drawn(4, 3))
+            ask(drawn(3, 4).t())
+            ask(drawn(2, 3), factor=2.0)
+            ask(drawn(2, 3), offset=drawn(3))
+            ask(drawn(2, 3), offset=drawn(1).expand(3))
+        assert len(calls.kinds) == 6 and all(kind.launch for kind in calls.kinds)
+    assert not calls.kinds and "forward" not in vars(model)
 
 
 def test_what_waits_for_the_device_is_never_recorded():

@@ -127,21 +127,18 @@ class CudaRecorder:
         self.device, self.stream, self.pool = device, _side_stream(device), torch.cuda.graph_pool_handle()
 
     def rehearse(self, call: Callable[[], Any]) -> tuple[Any, bool]:
-        """A call that makes the host wait for the GPU can't be recorded: it is made again, as it was."""
+        """A call that makes the host wait for the GPU can't be recorded; torch's debug mode warns of it."""
         current, mode = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(action="ignore"):  # that the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
         self.stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self.stream):
-                return call(), True
-        except RuntimeError as error:
-            if "synchronizing CUDA operation" not in str(error):
-                raise
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            current.wait_stream(self.stream)
-        return call(), False
+        with warnings.catch_warnings(record=True, action="always") as found:
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with torch.cuda.stream(self.stream):
+                    output = call()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self.stream)
+        return output, not any("called a synchronizing" in str(warning.message) for warning in found)
 
     def record(self, call: Callable[..., Any], buffers: list[Any]) -> tuple[Any, Callable[[], object]]:
         graph = torch.cuda.CUDAGraph()
