@@ -83,8 +83,8 @@ def test_differences_over_trials_are_those_of_each_seed():
 
 
 def test_variants_in_several_settings_keep_their_order():
-    names = ["npa+lfm, b", "mine, a", "npa, b", "scalediff, a", "npa, a", "true image"]
-    expected = ["true image", "npa, a", "npa, b", "npa+lfm, b", "scalediff, a", "mine, a"]
+    names = ["npa+lfm, b", "mine, a", "npa, b-16", "npa, b-2", "scalediff, a", "npa, a", "true image"]
+    expected = ["true image", "npa, a", "npa, b-2", "npa, b-16", "npa+lfm, b", "scalediff, a", "mine, a"]
     assert tables.variants_of(pd.DataFrame({"variant": names})) == expected
 
 

@@ -100,11 +100,16 @@ def in_order(names: Iterable[str], order: Iterable[str]) -> list[str]:
 
 
 def variants_of(frame: pd.DataFrame) -> list[str]:
-    """The distinct variants of a table, each in one setting or in several (`by_setting`), true images first."""
+    """The distinct variants of a table, true images first; of each its settings (`by_setting`), numbers by value."""
     order = [TRUE, *VARIANTS]
     parts = {name: name.partition(", ") for name in set(frame["variant"])}
     variants = in_order((variant for variant, _, _ in parts.values()), order)
-    return sorted(parts, key=lambda name: (variants.index(parts[name][0]), parts[name][2]))
+
+    def place(name: str) -> tuple[int, list[str | int]]:
+        variant, _, setting = parts[name]
+        return variants.index(variant), [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", setting)]
+
+    return sorted(parts, key=place)
 
 
 def metrics_of(frame: pd.DataFrame) -> list[str]:
