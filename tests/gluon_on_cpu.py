@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 PROGRAMS = 3  # multiprocessors
 local = threading.local()
+memory = threading.Lock()
 chance = random.Random()
 
 
@@ -49,8 +51,8 @@ class Pointer:
         return values
 
     def write(self, values, mask):
-        offset, mask = torch.broadcast_tensors(self.offset, mask)
-        self.memory[offset[mask]] = values[mask]
+        offset, values, mask = torch.broadcast_tensors(self.offset, values, mask)
+        self.memory[offset[mask]] = values[mask].to(self.memory.dtype)
 
 
 def argument(x):
@@ -89,6 +91,12 @@ class Shared:
 
     def reshape(self, shape):
         return Shared(self.data.view(shape))
+
+    def store(self, values):
+        self.data.copy_(values)
+
+    def load(self, layout):
+        return self.data.clone()
 
     def permute(self, order):
         return Shared(self.data.permute(order))
@@ -207,6 +215,13 @@ def warp_specialize(partitions, worker_num_warps, worker_num_regs):
         raise failures[0]
 
 
+def atomic(combine, pointer, value):
+    with memory:
+        before = pointer.read(torch.tensor(True))
+        pointer.write(combine(before, block(value)), torch.tensor(True))
+    return before
+
+
 def allocate(dtype, shape, layout):
     if layout == "barriers":
         return Shared([Barrier() for _ in range(shape[0])])
@@ -228,10 +243,11 @@ language = SimpleNamespace(
     full=lambda shape, value, dtype, _: torch.full(shape, value),
     where=lambda condition, a, b: torch.where(block(condition), block(a), block(b)),
     maximum=lambda a, b: torch.maximum(block(a), block(b)), minimum=lambda a, b: torch.minimum(block(a), block(b)),
-    max=Tensor.amax, sum=Tensor.sum, exp2=torch.exp2, cdiv=lambda a, b: -(-a // b),
+    max=Tensor.amax, min=Tensor.amin, sum=Tensor.sum, exp2=torch.exp2, cdiv=lambda a, b: -(-a // b),
     expand_dims=lambda x, dim: x.unsqueeze(dim), convert_layout=lambda x, layout: x,
     load=lambda pointer: pointer.read(torch.tensor(True)),
-    store=lambda pointer, values, mask: pointer.write(values, mask),
+    store=lambda pointer, values, mask=True: pointer.write(block(values), block(mask)),
+    atomic_or=partial(atomic, torch.bitwise_or), atomic_add=partial(atomic, torch.add),
     warp_specialize=warp_specialize,
     inline_asm_elementwise=lambda asm, operands, factors, *_: factors[0] * factors[1],  # all that there is
 )  # fmt: skip

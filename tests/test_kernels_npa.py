@@ -142,6 +142,7 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 
 TWO = {"groups": 2, "k_stages": 3, "v_stages": 2, "free_together": False}
 FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True}
+FIRST = {"first_maximum": True}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,9 @@ FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True}
         *((case, TWO | {"k_stages": 2, "free_together": True}) for case in ("long text", "ragged")),
         *((case, FOUR) for case in ("ragged", "tiles of padding", "steps fewer than stages")),
         *((case, FOUR | {"v_stages": 2, "free_together": False}) for case in ("long text", "ragged")),
+        *((case, FOUR | {"staged": True}) for case in ("tiles of the window", "ragged")),
+        *((case, TWO | FIRST) for case in ("ragged", "shifted", "tiles of padding")),
+        *((case, FOUR | FIRST | {"staged": True}) for case in ("long text", "shifted", "steps fewer than stages")),
     ],
 )
 def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):
@@ -162,11 +166,82 @@ def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):
     shift = None if shift is None else torch.tensor(shift)
     module = gluon_on_cpu.interpret("hires_kernels.hopper.npa", monkeypatch, seed=len(case))
     monkeypatch.setattr(module, "RISE", 0.5)  # which a few steps pass
+    keys = window[0] * window[1] + (text_tokens or 0)
+    monkeypatch.setattr(module, "LIMIT_FLOAT16", 0.1 * keys)  # and partial sums of some rows
     monkeypatch.setattr(
         fused, "neighborhood_patch_attention", partial(npa.neighborhood_patch_attention, run=module.attend)
     )
     with launches.trying("npa_gluon", dim, CPU, launches.launch("npa_gluon", dim, CPU) | launch):
         check("triton", CPU, image, grid, window, text, rope=positions(grid, dim), shift=shift, text_rows=text_rows)
+
+
+class Observed:
+    """The kernel, and after each launch: how many items are to be done again, and the output."""
+
+    def __init__(self, kernel):
+        self.kernel, self.seen = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.kernel[grid](*arguments, **constants)
+            self.seen.append((int(arguments[9][0]), arguments[3].clone()))
+
+        return launch
+
+
+@pytest.mark.parametrize("launch", [TWO | FIRST, FOUR | FIRST])
+@pytest.mark.parametrize(
+    ("dtype", "rise", "again"),
+    [
+        (torch.float16, -9, False),
+        (torch.float16, 12, False),
+        (torch.float16, 17, True),
+        (torch.bfloat16, 56, False),
+        (torch.bfloat16, 72, True),
+        (torch.bfloat16, 250, True),  # sums are infinite
+    ],
+)
+def test_rows_that_pass_the_first_maximum_by_far_are_done_again(dtype, rise, again, launch, monkeypatch):
+    """Half of the queries see four keys of the last tile `rise` above those of the first, in powers of two."""
+    grid = window = (16, 32)  # four patches of 8 x 16
+    generator = torch.Generator().manual_seed(rise)
+    query, key, value = (torch.randn(1, 512, 1, 64, generator=generator) for _ in range(3))
+    sees = torch.arange(512) // 32 % 8 >= 4
+    query[..., 0], key[..., 0] = sees.view(1, -1, 1).float(), 0
+    query[..., 1:] *= 0.1
+    key[:, -4:, :, 0] = torch.arange(rise - 3, rise + 1).view(1, -1, 1).float()
+    image = [x.to(dtype) for x in (query, key, value)]
+    module = gluon_on_cpu.interpret("hires_kernels.hopper.npa", monkeypatch, seed=rise)
+    monkeypatch.setattr(module, "_attend", Observed(module._attend))
+    given, scale = torch.full_like(image[0], float("nan")), 1 / npa.LOG2_E
+    with launches.trying("npa_gluon", 64, CPU, launches.launch("npa_gluon", 64, CPU) | launch):
+        module.attend(image, None, npa.Patches(grid, window, (2, 2), None), scale, given)
+    (items, first), (_, second) = module._attend.seen
+    assert items == (4 if again else 0)
+    assert torch.equal(first.isnan().any((0, 2, 3)), sees & again)  # what the second launch alone has written
+    assert torch.equal(second[:, ~(sees & again)], first[:, ~(sees & again)])
+    exact, plain = (
+        neighborhood_patch_attention(*(x.to(y) for x in image), grid=grid, window=window, scale=scale)[0]
+        for y in (F64, dtype)
+    )
+    assert (given - exact).abs().max() <= (plain - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ["first_maximum", "staged"])
+@pytest.mark.parametrize("rise", [0, 8, 64])
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
+def test_options_of_the_gluon_kernel(dim, dtype, rise, option):
+    generator = torch.Generator().manual_seed(3)
+    grid, window = (96, 72), (38, 52)
+    image = tensors(generator, 3, 1, grid[0] * grid[1], 2, dim, dtype=dtype)
+    if rise:
+        image[1].mul_(torch.linspace(0, rise, grid[0] * grid[1]).view(1, -1, 1, 1))
+    text = tensors(generator, 3, 1, 256, 2, dim, dtype=dtype)
+    with launches.trying("npa_gluon", dim, CUDA, launches.launch("npa_gluon", dim, CUDA) | {option: True}):
+        again, first = check("gluon", CUDA, image, grid, window, text, rope=positions(grid, dim))
+        for _ in range(20):
+            assert all(map(torch.equal, first, again()))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,11 @@ one item to the next, and loads run ahead across items.
 Two warpgroups take turns: while one is in its softmax, the matrix unit is the other's. Within a warpgroup the scores of
 the next step are issued before the values of this one, so that its own softmax overlaps as well (the schedule of
 FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have room for four, which halve what is loaded.
+
+A launch with `first_maximum` subtracts from a row's scores the maximum of its first step, whatever follows: softmax
+doesn't depend on what is subtracted, and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights
+for 2 ** 15 times. Weights are positive, so that sums tell where this was not enough; such rows are not written, and a
+second launch with running maxima does their items again. One with `staged` writes outputs by way of shared memory.
 """
 
 from math import ceil
@@ -32,13 +37,21 @@ _synchronise = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrie
 
 
 @gluon.jit
+def _number(item, listed):
+    """The number of the `item`-th item of those `listed` to be done again, which can be none; `item` without a list."""
+    if listed is not None:
+        item = gl.load(listed + 1 + 2 * gl.maximum(item, 0))
+    return item
+
+
+@gluon.jit
 def _item(item, shift, shape, SHIFTED: gl.constexpr):
     """What work item number `item` is: its place, and that of its patch and window.
 
     Past the end it is the last one again: what is loaded ahead for it is not used.
     """
-    grid, window, patches, heads, _, _, _, image_tiles, text_tiles, items = shape
-    item = gl.minimum(item, items - 1)
+    listed, grid, window, patches, heads, _, _, _, image_tiles, text_tiles, items = shape
+    item = _number(gl.minimum(item, items - 1), listed)
     tiles = image_tiles + text_tiles
     count = patches[0] * patches[1]
     tile = item % tiles
@@ -65,7 +78,7 @@ def _steps(tile, down, across, shape, QUERIES: gl.constexpr):
 
     Called where they are needed: Triton 3.6 takes for dead what a loop carries for the bound of an inner loop alone.
     """
-    _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
+    _, _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
     padding = (tile < image_tiles) & (tile * QUERIES >= down * across)
     return gl.where(padding, 1, image_steps), gl.where(padding, 0, text_steps)
 
@@ -91,7 +104,7 @@ def _produce(
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
     key_walk, value_walk, text_key_walk, text_value_walk = walks
-    _, window, patches, _, _, _, _, _, _, items = shape
+    _, _, window, patches, _, _, _, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     if FREE_TOGETHER:
         k_free = v_free
@@ -144,7 +157,7 @@ def _fetch_queries(
 ):  # fmt: skip
     """Begin to copy the 64 query rows of one warpgroup into shared memory."""
     query_walk, text_query_walk = walks
-    grid, _, patches, _, text_tokens, _, _, image_tiles, _, _ = shape
+    _, grid, _, patches, _, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = tile_of_queries.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -219,6 +232,42 @@ def _shrunk(sums, shrink):
         return gl.inline_asm_elementwise(SHRINK_64, SHRINK_64_OPERANDS, [sums, shrink], gl.float32, False, 64)
 
 
+# What a partial sum must stay below where the maximum is the first step's: the weights in it fit their dtype, and the
+# float32 accumulators have room for values up to 2 ** 63.
+LIMIT_FLOAT16 = gl.constexpr(65504.0)
+LIMIT_BFLOAT16 = gl.constexpr(2.0**64)
+
+
+@gluon.jit
+def _row_sums(total, dtype: gl.constexpr, FIRST_MAXIMUM: gl.constexpr):
+    """Sums of rows from partial ones; NaN where one of these is not below the limit."""
+    if FIRST_MAXIMUM:
+        LIMIT: gl.constexpr = LIMIT_FLOAT16 if dtype == gl.float16 else LIMIT_BFLOAT16
+        total = gl.where(total < LIMIT, total, float("nan"))
+    return gl.sum(total, 1)
+
+
+@gluon.jit
+def _note(GROUP: gl.constexpr, sums, item, again):
+    """Whether the sums of a warpgroup's rows are all there. If not, note that they are to be done again.
+
+    again: a count of items, then pairs: the number of one of these, and warpgroups (bits) of the item with the pair's
+    own number.
+    """
+    right = gl.min(gl.where(sums == sums, 1, 0), 0)
+    if right == 0:
+        before = gl.atomic_or(again + 2 + 2 * item, 1 << GROUP)
+        if before == 0:
+            gl.store(again + 1 + 2 * gl.atomic_add(again, 1), item)
+    return right != 0
+
+
+@gluon.jit
+def _noted(GROUP: gl.constexpr, item, again):
+    """Whether `_note` has noted a warpgroup of an item. Others' text rows may have taken the place of their queries."""
+    return (gl.load(again + 2 + 2 * item) >> GROUP & 1) != 0
+
+
 @gluon.jit
 def _partial_sums(weights, LAYOUT: gl.constexpr):
     """(64, 4): sums of each row by the four threads that hold it, which are added up at the end of an item."""
@@ -228,12 +277,18 @@ def _partial_sums(weights, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _write(
-    GROUP: gl.constexpr, outputs, output, text_output, shape,
-    batch, head, patch, tile, first_row, first_col, down, across, QUERIES: gl.constexpr, LAYOUT: gl.constexpr,
+    GROUP: gl.constexpr, outputs, queries, output, text_output, shape, wanted,
+    batch, head, patch, tile, first_row, first_col, down, across,
+    QUERIES: gl.constexpr, STAGED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of one warpgroup to where they belong."""
-    grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
+    """Rows of one warpgroup to where they belong, if `wanted`. STAGED: by way of the item's own queries, whole rows."""
+    _, grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = outputs.shape[1]
+    if STAGED:
+        queries.store(outputs)
+        _synchronise()
+        outputs = queries.load(LAYOUT)
+        _synchronise()
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     token, valid = _tokens(place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES)
     long_batch = batch.to(gl.int64)
@@ -243,7 +298,7 @@ def _write(
         first = output + long_batch * grid[0] * grid[1] * heads * DIM
     result = gl.expand_dims(first + head * DIM + token * (heads * DIM), 1)
     result += gl.expand_dims(gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT)), 0)
-    gl.store(result, outputs, mask=gl.expand_dims(valid, 1))
+    gl.store(result, outputs, mask=gl.expand_dims(valid & wanted, 1))
 
 
 @gluon.jit
@@ -252,12 +307,13 @@ def _consume(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr, FIRST_MAXIMUM: gl.constexpr,
+    AGAIN: gl.constexpr,
 ):  # fmt: skip
     """One of two warpgroups. First scores of an item are issued together with the last values of the one before it."""
-    query, output, text_query, text_output, shift, walks, shape, scale = rest[:8]
-    q_tiles, k_tiles, v_tiles, barriers, turns = rest[8:]
-    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
+    q_tiles, k_tiles, v_tiles, barriers, turns = rest[9:]
+    listed, _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -266,6 +322,7 @@ def _consume(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
     stride = gl.num_programs(0)
@@ -287,12 +344,13 @@ def _consume(
     async_copy.wait_group(1)
     fence_async_shared()
     _synchronise()
-    mbarrier.wait(k_ready.index(0), 0)
+    begins = item < items
+    mbarrier.wait(k_ready.index(0), 0, begins)
     keys = k_tiles.index(0).reshape([KEYS, DIM]).permute((1, 0))
     scores = warpgroup_mma(q_tiles.index(GROUP), keys, no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
     if not FREE_TOGETHER:
-        mbarrier.arrive(k_free.index(0))
+        mbarrier.arrive(k_free.index(0), pred=begins)
     scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
     top = gl.max(scores, 1) * scale
     weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
@@ -321,16 +379,18 @@ def _consume(
                 mbarrier.arrive(k_free.index(next_stage))
 
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            higher = _higher(top, gl.max(scores, 1) * scale)
-            weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
-            shrink = gl.exp2(top - higher)
-            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+            if not FIRST_MAXIMUM:
+                higher = _higher(top, gl.max(scores, 1) * scale)
+                shrink = gl.exp2(top - higher)
+                total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+                top = higher
+            weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
             total += _partial_sums(weights, PARTS)
-            top = higher
             mbarrier.wait(v_ready.index(stage), phase)  # as before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
-            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
+            if not FIRST_MAXIMUM:
+                sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             done += 1
 
@@ -354,7 +414,7 @@ def _consume(
         if not FREE_TOGETHER:
             mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-        last_total = gl.sum(total, 1)
+        last_total = _row_sums(total, dtype, FIRST_MAXIMUM)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         total = _partial_sums(weights, PARTS)
@@ -363,10 +423,15 @@ def _consume(
         mbarrier.arrive(v_free.index(stage))
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
+        wanted = True
+        if FIRST_MAXIMUM:
+            wanted = _note(GROUP, last_total, item, again)
+        if AGAIN:
+            wanted = _noted(GROUP, _number(item, listed), again)
         sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
         _write(
-            GROUP, sums.to(dtype), output, text_output, shape,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
+            GROUP, sums.to(dtype), queries, output, text_output, shape, wanted,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
         )  # fmt: skip
 
         batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2 = _item(
@@ -385,18 +450,14 @@ def _consume(
 
 
 @gluon.jit
-def _consume_in_turn(
-    GROUP: gl.constexpr, rest,
-    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
+def _step_in_turn(
+    queries, k_tiles, v_tiles, barriers, sums, total, top, done, step, image_steps, window, text_tokens, scale,
+    ROWS: gl.constexpr, COLS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr, FREE_TOGETHER: gl.constexpr, MAXIMUM: gl.constexpr,
 ):  # fmt: skip
-    """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
-    query, output, text_query, text_output, shift, walks, shape, scale = rest[:8]
-    q_tiles, k_tiles, v_tiles, barriers, _ = rest[8:]
-    _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
-    k_ready, k_free, v_ready, v_free = barriers
+    """Add the keys and values of a step, without MAXIMUM by the maxima that there are."""
+    DIM: gl.constexpr = queries.shape[1]
+    dtype: gl.constexpr = queries.dtype
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -404,8 +465,54 @@ def _consume_in_turn(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
+    k_ready, k_free, v_ready, v_free = barriers
+    stage, phase = done % K_STAGES, done // K_STAGES & 1
+    mbarrier.wait(k_ready.index(stage), phase)
+    keys = k_tiles.index(stage).reshape([KEYS, DIM]).permute((1, 0))
+    scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    if not FREE_TOGETHER:
+        mbarrier.arrive(k_free.index(stage))
+    scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
+    if MAXIMUM:
+        higher = _higher(top, gl.max(scores, 1) * scale)
+        shrink = gl.exp2(top - higher)
+        sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
+        total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
+        top = higher
+    weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
+    total += _partial_sums(weights, PARTS)
+    operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+    stage, phase = done % V_STAGES, done // V_STAGES & 1
+    mbarrier.wait(v_ready.index(stage), phase)
+    sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
+    sums, operand = warpgroup_mma_wait(0, [sums, operand])
+    mbarrier.arrive(v_free.index(stage))
+    return sums, total, top
+
+
+@gluon.jit
+def _consume_in_turn(
+    GROUP: gl.constexpr, rest,
+    QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr, FIRST_MAXIMUM: gl.constexpr,
+    AGAIN: gl.constexpr,
+):  # fmt: skip
+    """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
+    query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
+    q_tiles, k_tiles, v_tiles, barriers, _ = rest[9:]
+    listed, _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    KEYS: gl.constexpr = ROWS * COLS
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PARTS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
+    )
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
+    dtype: gl.constexpr = q_tiles.dtype
     stride = gl.num_programs(0)
 
     batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(gl.program_id(0), shift, shape, SHIFTED)
@@ -431,47 +538,45 @@ def _consume_in_turn(
         top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
         first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
-        for step in range(first_steps + last_steps):
-            stage, phase = done % K_STAGES, done // K_STAGES & 1
-            mbarrier.wait(k_ready.index(stage), phase)
-            keys = k_tiles.index(stage).reshape([KEYS, DIM]).permute((1, 0))
-            scores = warpgroup_mma(queries, keys, no_scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, [scores])
-            if not FREE_TOGETHER:
-                mbarrier.arrive(k_free.index(stage))
-            scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            higher = _higher(top, gl.max(scores, 1) * scale)
-            shrink = gl.exp2(top - higher)
-            sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
-            total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
-            weights = gl.exp2(scores * scale - gl.expand_dims(higher, 1))
-            total += _partial_sums(weights, PARTS)
-            top = higher
-            operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-            stage, phase = done % V_STAGES, done // V_STAGES & 1
-            mbarrier.wait(v_ready.index(stage), phase)
-            sums = warpgroup_mma(operand, v_tiles.index(stage).reshape([KEYS, DIM]), sums, is_async=True)
-            sums, operand = warpgroup_mma_wait(0, [sums, operand])
-            mbarrier.arrive(v_free.index(stage))
+        if FIRST_MAXIMUM:
+            sums, total, top = _step_in_turn(
+                queries, k_tiles, v_tiles, barriers, sums, total, top,
+                done, 0, image_steps, window, text_tokens, scale,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, True,
+            )  # fmt: skip
+            done += 1
+        for step in range(1 if FIRST_MAXIMUM else 0, first_steps + last_steps):
+            sums, total, top = _step_in_turn(
+                queries, k_tiles, v_tiles, barriers, sums, total, top,
+                done, step, image_steps, window, text_tokens, scale,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, not FIRST_MAXIMUM,
+            )  # fmt: skip
             done += 1
 
         batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
-        sums *= gl.expand_dims(1.0 / gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS)), 1)
+        last_total = _row_sums(total, dtype, FIRST_MAXIMUM)
+        wanted = True
+        if FIRST_MAXIMUM:
+            wanted = _note(GROUP, last_total, item, again)
+        if AGAIN:
+            wanted = _noted(GROUP, _number(item, listed), again)
+        sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
         _write(
-            GROUP, sums.to(dtype), output, text_output, shape,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
+            GROUP, sums.to(dtype), queries, output, text_output, shape, wanted,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
         )  # fmt: skip
         buffer = 1 - buffer
 
 
 @gluon.jit
 def _attend(
-    query, key, value, output, text_query, text_key, text_value, text_output, shift,
+    query, key, value, output, text_query, text_key, text_value, text_output, shift, again,
     query_walks, key_walks, shape, scale,
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr,
+    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr,
+    FIRST_MAXIMUM: gl.constexpr, AGAIN: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -493,9 +598,11 @@ def _attend(
         mbarrier.init(turns.index(group), 1)
     fence_async_shared()
 
+    if AGAIN:
+        shape = (again,) + shape[1:10] + (gl.load(again),)  # noqa: RUF005 (Gluon has no starred tuples)
     barriers = (k_ready, k_free, v_ready, v_free)
     rest = (
-        query, output, text_query, text_output, shift, query_walks, shape, scale,
+        query, output, text_query, text_output, shift, query_walks, shape, scale, again,
         q_tiles, k_tiles, v_tiles, barriers, turns,
     )  # fmt: skip
     if GROUPS == 2:
@@ -503,12 +610,12 @@ def _attend(
             (_consume, (
                 0, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_consume, (
                 1, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
@@ -520,22 +627,22 @@ def _attend(
             (_consume_in_turn, (
                 0, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_consume_in_turn, (
                 1, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_consume_in_turn, (
                 2, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_consume_in_turn, (
                 3, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER,
+                FREE_TOGETHER, STAGED, FIRST_MAXIMUM, AGAIN,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
@@ -583,17 +690,26 @@ def attend(
     text_tiles = 0 if text_output is None else ceil(text_tokens / queries)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / keys)
-    shape = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
+    sizes = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles
+    shape = None, *sizes, items
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
-    _attend[(programs,)](
-        query, *pointers[:2], output,
-        text_query, *pointers[2:], output if text_output is None else text_output,
-        query if patches.shift is None else patches.shift,
-        (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
-        QUERIES=queries, ROWS=tile[0], COLS=tile[1], DIM=dim,
-        K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
-        SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
-        MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
-        GROUPS=groups, FREE_TOGETHER=launch["free_together"], num_warps=4,
-    )  # fmt: skip
+    again, passes = None, [(False, False)]
+    if launch["first_maximum"]:
+        again, passes = (
+            torch.zeros(1 + 2 * items, dtype=torch.int32, device=query.device),
+            [(True, False), (False, True)],
+        )
+    for first_maximum, redo in passes:
+        _attend[(programs,)](
+            query, *pointers[:2], output,
+            text_query, *pointers[2:], output if text_output is None else text_output,
+            query if patches.shift is None else patches.shift, again,
+            (query.stride()[:3], text_query.stride()[:3]), tuple(walks), shape, scale * LOG2_E,
+            QUERIES=queries, ROWS=tile[0], COLS=tile[1], DIM=dim,
+            K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
+            SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
+            MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
+            GROUPS=groups, FREE_TOGETHER=launch["free_together"], STAGED=launch["staged"],
+            FIRST_MAXIMUM=first_maximum, AGAIN=redo, num_warps=4,
+        )  # fmt: skip
