@@ -35,9 +35,8 @@ CANDIDATES: dict[str, dict[int, list[dict[str, Any]]]] = {  # kernel, head dim; 
         64: [
             GLUON_64 | x
             for x in (
-                *_grid(groups=(2, 4), free_together=(False, True)),
-                *_grid(staged=(False, True), first_maximum=(False, True)),
-                *_grid(groups=(2,), free_together=(False, True), first_maximum=(True,)),
+                *_grid(groups=(2, 4), free_together=(False, True), first_maximum=(False, True)),
+                *_grid(staged=(True,), first_maximum=(False, True)),
             )
         ],
         128: [GLUON_128 | x for x in _grid(free_together=(False, True), first_maximum=(False, True))],
