@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import hires
-from hires import layout
+from hires import layout, shards
 from hires.cascade import _check_stages
 from hires.cli import main
 from hires.config import load_config
@@ -120,7 +120,7 @@ def test_a_run_out_of_time_has_scored_what_it_made_and_goes_on(whole, tmp_path, 
         return len(asked) > 5  # two shards a set: upsample and npa of the first model, half of the second's upsample
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run._Clock, "over", over)
+        patch.setattr(shards.Clock, "over", over)
         assert main(["run", "--config", "config.yaml", "--seconds", "100"]) == 0
     config = load_config("config.yaml")
     assert "incomplete: 2 of 4 image sets have scores" in capfd.readouterr().err
@@ -138,12 +138,12 @@ def test_a_run_out_of_time_has_scored_what_it_made_and_goes_on(whole, tmp_path, 
 
 def test_the_clock_expects_what_the_last_of_a_kind_took(monkeypatch):
     now = iter([0.0, 10.0, 13.0, 13.0, 13.0])
-    monkeypatch.setattr(run.time, "monotonic", lambda: next(now))
-    clock = run._Clock(15.0, started=0.0)
+    monkeypatch.setattr(shards.time, "monotonic", lambda: next(now))
+    clock = shards.Clock(15.0, started=0.0)
     with clock.timed("slow"):
         pass
     assert clock.over("slow") and not clock.over("quick")
-    assert not run._Clock(None, started=0.0).over("slow")
+    assert not shards.Clock(None, started=0.0).over("slow")
 
 
 def test_scores_of_two_machines_are_those_of_one(whole, tmp_path, monkeypatch, capfd):
@@ -162,6 +162,7 @@ def test_scores_of_two_machines_are_those_of_one(whole, tmp_path, monkeypatch, c
     assert "2 image sets taken, 0 missing" in capfd.readouterr().out
     pd.testing.assert_frame_equal(scores_of(tmp_path / "home"), scores_of(whole))
     config = load_config("config.yaml")
+    assert "seconds" not in set(pd.read_parquet(layout.metrics(config))["metric"])  # each machine's own
     record = read_json(layout.provenance(config))
     assert set(record["models"]) == {"tiny-flux", "tiny-sdxl"}
     assert record["images"]["n"] == 12
@@ -169,6 +170,43 @@ def test_scores_of_two_machines_are_those_of_one(whole, tmp_path, monkeypatch, c
     before = os.stat(layout.metrics(config)).st_mtime_ns
     assert main(["run", "--config", "config.yaml"]) == 0  # makes no image again
     assert not Path("results/cut/images").exists() and os.stat(layout.metrics(config)).st_mtime_ns == before
+
+
+def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    shutil.copytree(whole, home)
+    monkeypatch.chdir(home)
+    assert main(["promote", "costs", "--from", "results/cut"]) == 2
+    assert "holds no costs" in capsys.readouterr().err
+    assert main(["costs", "--config", "config.yaml", "--backbone", "tiny-flux"]) == 0
+    assert main(["costs", "--config", "config.yaml", "--seconds", "0"]) == 0
+    assert "2 image sets are left" in capsys.readouterr().out
+    config = load_config("config.yaml")
+    measured = [made for made in config.image_sets() if layout.costs(config, made).is_file()]
+    assert {made.backbone for made in measured} == {"tiny-flux"} and len(measured) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hires.cascade, "cascade", None)  # nothing is measured twice
+        assert main(["costs", "--config", "config.yaml", "--backbone", "tiny-flux"]) == 0
+
+    assert main(["promote", "costs", "--from", "results/cut"]) == 2
+    assert "has no scores of cut: promote them first" in capsys.readouterr().err
+    assert main(["promote", "results", "--from", "results/cut"]) == 0
+    scores = parquet.read_frame(Path("results/reference/metrics.parquet"))
+    assert main(["promote", "costs", "--from", "results/cut"]) == 0
+    promoted = parquet.read_frame(Path("results/reference/metrics.parquet"))
+    kept = [table[~table["metric"].isin(["seconds", "peak_bytes"])] for table in (scores, promoted)]
+    pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in kept))
+    assert main(["metrics", "--config", "config.yaml"]) == 0
+    for table in (promoted, parquet.read_frame(layout.metrics(config))):
+        seconds = table[(table["metric"] == "seconds") & (table["backbone"] == "tiny-flux")].set_index("variant")
+        for made in measured:
+            row, batches = seconds.loc[made.variant], read_json(layout.costs(config, made))["seconds"]
+            assert row["value"] == sorted(batches)[1] and len(batches) == 3 and row["n"] == 3 * 2
+            assert min(batches) <= row["low"] <= row["value"] <= row["high"] <= max(batches)
+            assert "3 batches of 2 images, with nothing beside them on the" in row["protocol"]
+    tests = parquet.read_frame(Path("results/reference/paired.parquet"))
+    (difference,) = tests[(tests["metric"] == "seconds") & (tests["backbone"] == "tiny-flux")]["difference"]
+    assert difference == seconds.loc["upsample", "value"] - seconds.loc["npa", "value"]
 
 
 def test_scores_of_another_configuration_are_refused(whole, tmp_path, monkeypatch, capsys):

@@ -29,6 +29,7 @@ PATTERNS = {
     "reference_features": "features/references/{height}x{width}.safetensors",
     "scores": f"scores/{_SET}.parquet",
     "image_scores": f"scores/{_SET}.images.parquet",
+    "costs": f"costs/{_SET}.json",
     "crops": f"crops/{_SET}.webp",
     "reference_crops": "crops/references/{height}x{width}.webp",
     "collected": "collected.json",
@@ -308,6 +309,11 @@ def features(config: Config, images: ImageSet) -> Path:
 def scores(config: Config, images: ImageSet) -> Path:
     """Aggregate scores of one image set, tidy."""
     return _path(config, "scores", **images.names)
+
+
+def costs(config: Config, images: ImageSet) -> Path:
+    """What the images of one set cost where nothing runs beside them."""
+    return _path(config, "costs", **images.names)
 
 
 def crops(config: Config, images: ImageSet) -> Path:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -201,3 +201,25 @@ def told(what: str, total: int) -> Iterator[list[int]]:
     yield made
     kept = f", {total - sum(made)} kept" if sum(made) < total else ""
     print(f"{what}: {sum(made)} of {total} made{kept}, {time.monotonic() - started:.1f} s", file=sys.stderr)
+
+
+@dataclass
+class Clock:
+    """Says when it is time to stop: before a job that would take as long as the last of its kind, and then be late.
+
+    `seconds`: how many there are; None: no end.
+    """
+
+    seconds: float | None
+    started: float = field(default_factory=time.monotonic)
+    last: dict[Any, float] = field(default_factory=dict)
+
+    def over(self, kind: Any) -> bool:
+        expected = time.monotonic() - self.started + self.last.get(kind, 0.0)
+        return self.seconds is not None and expected > self.seconds
+
+    @contextmanager
+    def timed(self, kind: Any) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.last[kind] = time.monotonic() - started

@@ -15,11 +15,13 @@ from typing import Any
 
 import pandas as pd
 
+from hires.config import load_config
 from hires.errors import HiresError
 from hires.files import parquet
 from hires.files.storage import digest, read_json, write_json
+from hires.metrics.scores import TIDY, paired
 from hires.provenance.schema import Provenance
-from hires.stages import checksums
+from hires.stages import checksums, costs
 
 REFERENCE = Path("results/reference")
 TABLES = ("metrics.parquet", "paired.parquet")
@@ -53,6 +55,31 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
     shutil.copy(source / "prompts.parquet", target / "prompts" / f"{config}.parquet")
     made = [*_others(target, config, taken), {"studies": taken, **record}]
     write_json(target / "provenance" / f"{config}.json", made)
+    seal(target)
+    return taken
+
+
+def promote_costs(source: Path, target: Path = REFERENCE) -> list[str]:
+    """Take what `hires costs` measured in a results folder, for studies that stand in `target`; returns these.
+
+    Rows of seconds and bytes are replaced. HiresError where nothing was measured, or no score of it was promoted.
+    """
+    config = load_config(source / "config.yaml")
+    rows = costs.rows(config, config.image_sets())
+    if rows.empty:
+        raise HiresError(f"{source} holds no costs of this configuration: measure them first (hires costs)")
+    fresh = {"metrics.parquet": rows[TIDY], "paired.parquet": paired(rows)}
+    table = target / "metrics.parquet"
+    there = {study for name, study in studies(table) if name == config.name} if table.is_file() else set()
+    taken = sorted(there & {*rows["study"]})
+    if not taken:
+        raise HiresError(f"{target} has no scores of {config.name}: promote them first (hires promote results)")
+    for name, table in fresh.items():
+        former = parquet.read_frame(target / name)
+        old = former["study"].isin(taken) & former["metric"].isin(costs.METRICS)
+        added = table[table["study"].isin(taken)]
+        added.insert(0, "config", config.name)
+        parquet.write_frame(target / name, pd.concat([former[~old], added], ignore_index=True)[former.columns])
     seal(target)
     return taken
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "images": "stage: one shard of images",
     "features": "stage: features of image sets, or of references",
     "scores": "stage: scores of image sets",
+    "costs": "measure seconds and memory of image sets, one at a time",
     "metrics": "stage: collect scores, intervals and paired tests into one tidy table",
     "notebook": "stage: run one notebook on the results of a configuration",
     "report": "stage: the HTML report of a configuration",

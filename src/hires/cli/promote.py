@@ -4,7 +4,8 @@
 place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
 in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
 takes tables, figures, scores and the records, never images, and puts them beside those of other configurations: rows of
-a study that stood there are replaced; `hires promote memory` takes the tables of results/memory to
+a study that stood there are replaced; `hires promote costs --from results/evaluation` takes what `hires costs` measured
+into such scores; `hires promote memory` takes the tables of results/memory to
 results/reference/memory and into the README, and `hires promote speed` what `hires speed` measured on a GPU. Nothing
 else writes tracked files.
 """
@@ -22,7 +23,7 @@ ADAPTER_BYTES = 2 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit, results, memory or speed")
+    parser.add_argument("what", help="tiny-flux, tiny-sdxl, tiny-clip, scale-dit, results, costs, memory or speed")
     parser.add_argument(
         "--from",
         dest="source",
@@ -32,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results", "memory", "speed")
+    names = ("tiny-flux", "tiny-sdxl", "tiny-clip", "scale-dit", "results", "costs", "memory", "speed")
     if args.what not in names:
         raise unknown("thing to promote", args.what, names)
-    if args.what == "results":
+    if args.what in ("results", "costs"):
         if args.source is None:
-            raise HiresError("promote results needs --from, a results folder such as results/embedded")
-        _promote_results(args.source)
+            raise HiresError(f"promote {args.what} needs --from, a results folder such as results/embedded")
+        _promote_results(args.source, args.what)
         return
     if args.what == "memory":
         from hires import memory
@@ -96,10 +97,10 @@ def _promote_adapter(source: Path, model: Path) -> None:
     print(f"{target}: {size / 2**20:.1f} MiB")
 
 
-def _promote_results(source: Path) -> None:
-    from hires.analysis.reference import REFERENCE, promote
+def _promote_results(source: Path, what: str) -> None:
+    from hires.analysis.reference import REFERENCE, promote, promote_costs
 
-    studies = promote(source)
+    studies = promote(source) if what == "results" else promote_costs(source)
     size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
     print(f"{REFERENCE}: {', '.join(studies)}; {size:.1f} MiB in all")
 

@@ -77,6 +77,7 @@ def _take(config: Config, source: Path) -> list[str]:
         if _copy(config, source, layout.image_scores(config, images)) and _copy(config, source, scores):
             found.append(_name(config, images))
         _copy(config, source, layout.crops(config, images))
+        _copy(config, source, layout.costs(config, images))
     return found
 
 

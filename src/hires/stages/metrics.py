@@ -1,13 +1,18 @@
 """Stage: all scores in one tidy table, and the paired comparisons of variants."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from hires import layout, shards
 from hires.config import Config, ImageSet
 from hires.errors import HiresError
 from hires.files import parquet
 from hires.files.storage import remade
+from hires.stages import collect, costs
 from hires.stages.scores import borders
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REFERENCE = "reference"
 
@@ -46,7 +51,7 @@ def run(config: Config, partial: bool = False) -> None:
             raise HiresError(f"{path} does not exist: score the image sets first (hires scores)")
         with remade("scores", path):
             parts.append(parquet.read_frame(path, TIDY))
-    scores = pd.concat(parts, ignore_index=True)
+    scores = _with_costs(config, pd.concat(parts, ignore_index=True), sets)
     prompts = [prompt.id for prompt in shards.drawn(config)]
     references = []
     first = {(s.study, s.height, s.width, s.n): s for s in reversed(sets)}
@@ -63,3 +68,16 @@ def run(config: Config, partial: bool = False) -> None:
     tests = paired(scores[scores["trial"] == "all"])[PAIRED]
     parquet.write_frame(layout.metrics(config), tidy)
     parquet.write_frame(layout.paired(config), tests)
+
+
+def _with_costs(config: Config, scores: "pd.DataFrame", sets: list[ImageSet]) -> "pd.DataFrame":
+    """Seconds and bytes as `hires costs` measured them, where it did; no seconds of other machines but these."""
+    import pandas as pd
+
+    names = ["study", "setting", "backbone", "variant", "height", "width"]
+    measured = costs.rows(config, sets)
+    foreign = pd.DataFrame([images.names for images in collect.elsewhere(config)], columns=names)
+    places, alone, elsewhere = (pd.MultiIndex.from_frame(rows[names]) for rows in (scores, measured, foreign))
+    replaced = places.isin(alone) & scores["metric"].isin(costs.METRICS)
+    dropped = places.isin(elsewhere) & (scores["metric"] == "seconds")
+    return pd.concat([scores[~(replaced | dropped)], measured], ignore_index=True)

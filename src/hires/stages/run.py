@@ -6,10 +6,8 @@ all that it has made, and a machine with a GPU can hand back scores, which are s
 
 import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hires.errors import unknown
 from hires.execution.devices import locked_device
 from hires.files.storage import claim, not_ahead
 from hires.provenance import other_versions, store_config
+from hires.shards import Clock
 from hires.stages import (
     VERSIONS,
     base,
@@ -57,26 +56,7 @@ def run(config: Config, *, seconds: float | None = None, backbones: Sequence[str
     notebook.check_all(config)
     with claim(config.root):
         not_ahead(layout.made(config))
-        return _run(config, _Clock(seconds), backbones or [*config.backbones])
-
-
-@dataclass
-class _Clock:
-    """Says when it is time to stop: before a job that would take as long as the last of its kind, and then be late."""
-
-    seconds: float | None
-    started: float = field(default_factory=time.monotonic)
-    last: dict[Any, float] = field(default_factory=dict)
-
-    def over(self, kind: Any) -> bool:
-        expected = time.monotonic() - self.started + self.last.get(kind, 0.0)
-        return self.seconds is not None and expected > self.seconds
-
-    @contextmanager
-    def timed(self, kind: Any) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.last[kind] = time.monotonic() - started
+        return _run(config, Clock(seconds), backbones or [*config.backbones])
 
 
 class _Here(Executor):
@@ -94,7 +74,7 @@ def _helpers(device: str) -> Executor:
     return ProcessPoolExecutor(HELPERS, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _run(config: Config, clock: _Clock, backbones: Sequence[str]) -> bool:
+def _run(config: Config, clock: Clock, backbones: Sequence[str]) -> bool:
     changed = store_config(config)
     other = other_versions(config)
     for stage, version in other.items():
@@ -138,7 +118,7 @@ class _Work:
     """
 
     config: Config
-    clock: _Clock
+    clock: Clock
     changed: Path
     anew: bool
     device: str
