@@ -10,7 +10,7 @@ FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have ro
 
 A launch with `first_maximum` subtracts from a row's scores the maximum of its first step, whatever follows: softmax
 doesn't depend on what is subtracted, and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights
-for 2 ** 15 times. Weights are positive, so that sums tell where this was not enough; such rows are not written, and a
+for 2 ** 24 times, as they begin `HEADROOM` lower. Weights are positive, so that sums tell where this was not enough; such rows are not written, and a
 second launch with running maxima does their items again. One with `staged` writes outputs by way of shared memory.
 """
 
@@ -236,6 +236,13 @@ def _shrunk(sums, shrink):
 # float32 accumulators have room for values up to 2 ** 63.
 LIMIT_FLOAT16 = gl.constexpr(65504.0)
 LIMIT_BFLOAT16 = gl.constexpr(2.0**64)
+HEADROOM = gl.constexpr(8.0)  # the first step's largest float16 weight is 2 ** -8, from which 17 bits are left to lose
+
+
+@gluon.jit
+def _first_maximum(top, dtype: gl.constexpr):
+    """What is subtracted to the end, from the maximum of the first step."""
+    return top + HEADROOM if dtype == gl.float16 else top
 
 
 @gluon.jit
@@ -353,6 +360,8 @@ def _consume(
         mbarrier.arrive(k_free.index(0), pred=begins)
     scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
     top = gl.max(scores, 1) * scale
+    if FIRST_MAXIMUM:
+        top = _first_maximum(top, dtype)
     weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
     total = _partial_sums(weights, PARTS)
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
@@ -416,6 +425,8 @@ def _consume(
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
         last_total = _row_sums(total, dtype, FIRST_MAXIMUM)
         top = gl.max(scores, 1) * scale
+        if FIRST_MAXIMUM:
+            top = _first_maximum(top, dtype)
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         total = _partial_sums(weights, PARTS)
         mbarrier.wait(v_ready.index(stage), phase)
@@ -455,7 +466,7 @@ def _step_in_turn(
     ROWS: gl.constexpr, COLS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr, FREE_TOGETHER: gl.constexpr, MAXIMUM: gl.constexpr,
 ):  # fmt: skip
-    """Add the keys and values of a step, without MAXIMUM by the maxima that there are."""
+    """Add the keys and values of a step. MAXIMUM: "running", the "first", or "kept", by the maxima that there are."""
     DIM: gl.constexpr = queries.shape[1]
     dtype: gl.constexpr = queries.dtype
     KEYS: gl.constexpr = ROWS * COLS
@@ -475,7 +486,9 @@ def _step_in_turn(
     if not FREE_TOGETHER:
         mbarrier.arrive(k_free.index(stage))
     scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-    if MAXIMUM:
+    if MAXIMUM == "first":
+        top = _first_maximum(gl.max(scores, 1) * scale, dtype)
+    elif MAXIMUM == "running":
         higher = _higher(top, gl.max(scores, 1) * scale)
         shrink = gl.exp2(top - higher)
         sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
@@ -542,14 +555,14 @@ def _consume_in_turn(
             sums, total, top = _step_in_turn(
                 queries, k_tiles, v_tiles, barriers, sums, total, top,
                 done, 0, image_steps, window, text_tokens, scale,
-                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, True,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, "first",
             )  # fmt: skip
             done += 1
         for step in range(1 if FIRST_MAXIMUM else 0, first_steps + last_steps):
             sums, total, top = _step_in_turn(
                 queries, k_tiles, v_tiles, barriers, sums, total, top,
                 done, step, image_steps, window, text_tokens, scale,
-                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, not FIRST_MAXIMUM,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, "kept" if FIRST_MAXIMUM else "running",
             )  # fmt: skip
             done += 1
 
