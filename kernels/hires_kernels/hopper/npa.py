@@ -10,8 +10,9 @@ FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have ro
 
 A launch with `first_maximum` subtracts from a row's scores the maximum of its first step, whatever follows: softmax
 doesn't depend on what is subtracted, and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights
-for 2 ** 24 times, as they begin `HEADROOM` lower. Weights are positive, so that sums tell where this was not enough; such rows are not written, and a
-second launch with running maxima does their items again. One with `staged` writes outputs by way of shared memory.
+for 2 ** 24 times, as they begin `HEADROOM` lower. Weights are positive, so that sums tell where this was not enough;
+such rows are not written, and a second launch with running maxima does their items again. One with `staged` writes
+outputs by way of shared memory.
 """
 
 from math import ceil
@@ -562,7 +563,8 @@ def _consume_in_turn(
             sums, total, top = _step_in_turn(
                 queries, k_tiles, v_tiles, barriers, sums, total, top,
                 done, step, image_steps, window, text_tokens, scale,
-                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, "kept" if FIRST_MAXIMUM else "running",
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER,
+                "kept" if FIRST_MAXIMUM else "running",
             )  # fmt: skip
             done += 1
 
