@@ -91,19 +91,12 @@ def main():
         image = torch.empty(1, tokens, 3, heads, dim, dtype=dtype).unbind(2)
         text = None if text_tokens is None else torch.empty(1, text_tokens, 3, heads, dim, dtype=dtype).unbind(2)
         rope = (torch.empty(tokens, dim),) * 2
-        device = image[0].device
-        committed = launches.launch("npa_gluon", dim, device)
-        for backend, attend, option in (
-            ("triton", npa.attend, {}),
-            ("gluon", hopper.attend, {}),
-            ("gluon, first maximum", hopper.attend, {"first_maximum": True}),
-        ):
+        for backend, attend in (("triton", npa.attend), ("gluon", hopper.attend)):
             compiled.clear()
-            with launches.trying("npa_gluon", dim, device, committed | option):
-                npa.neighborhood_patch_attention(
-                    *image, grid=grid, window=window, text=text, rope=rope, shift=None, text_rows="patch", scale=0.1,
-                    run=attend,
-                )  # fmt: skip
+            npa.neighborhood_patch_attention(
+                *image, grid=grid, window=window, text=text, rope=rope, shift=None, text_rows="patch", scale=0.1,
+                run=attend,
+            )  # fmt: skip
             kernels = [kernel for function, kernel in compiled if function.__name__ == "_attend"]
             for name, kernel in zip((backend, "gluon, again"), kernels):
                 print(json.dumps({"case": case, "backend": name} | figures(kernel)))

@@ -21,12 +21,12 @@ def compiled(tmp_path_factory):
     return {(line["backend"], line["case"]): line for line in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("backend", ["triton", "gluon", "gluon, first maximum", "gluon, again"])
+@pytest.mark.parametrize("backend", ["triton", "gluon", "gluon, again"])
 @pytest.mark.parametrize("case", ["FLUX", "FLUX, ragged", "SDXL"])
 def test_npa_compiles_for_hopper(case, backend, compiled):
     figures = compiled[backend, case]
     assert figures["wgmma"] > 0 and figures["tma"] > 0 and not figures["serialised"]
     assert figures["shared"] <= SHARED_MEMORY
-    outside_the_loop = case == "FLUX, ragged" or backend == "gluon, first maximum"
+    outside_the_loop = backend.startswith("gluon") and case.startswith("FLUX")
     assert figures["spills"] == 0 or (outside_the_loop and figures["spills"] < 64)
     assert figures["stale"] == 0

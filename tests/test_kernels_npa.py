@@ -142,7 +142,6 @@ GLUON_CASES = {  # grid, window, text tokens, batch, heads, head dim, shift, tex
 
 TWO = {"groups": 2, "k_stages": 3, "v_stages": 2, "free_together": False}
 FOUR = {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True}
-FIRST = {"first_maximum": True}
 
 
 @pytest.mark.parametrize(
@@ -151,11 +150,8 @@ FIRST = {"first_maximum": True}
         *((case, {}) for case in GLUON_CASES),
         *((case, TWO) for case in GLUON_CASES),
         *((case, TWO | {"k_stages": 2, "free_together": True}) for case in ("long text", "ragged")),
-        *((case, FOUR) for case in ("ragged", "tiles of padding", "steps fewer than stages")),
+        *((case, FOUR) for case in ("tiles of the window", "shifted", "tiles of padding", "steps fewer than stages")),
         *((case, FOUR | {"v_stages": 2, "free_together": False}) for case in ("long text", "ragged")),
-        *((case, FOUR | {"staged": True}) for case in ("tiles of the window", "ragged")),
-        *((case, TWO | FIRST) for case in ("ragged", "shifted", "tiles of padding")),
-        *((case, FOUR | FIRST | {"staged": True}) for case in ("long text", "shifted", "steps fewer than stages")),
     ],
 )
 def test_the_text_of_the_gluon_kernel(case, launch, monkeypatch):
@@ -189,7 +185,7 @@ class Observed:
         return launch
 
 
-@pytest.mark.parametrize("launch", [TWO | FIRST, FOUR | FIRST])
+@pytest.mark.parametrize("launch", [TWO, FOUR])
 @pytest.mark.parametrize(
     ("dtype", "rise", "again"),
     [
@@ -228,20 +224,18 @@ def test_rows_that_pass_the_first_maximum_by_far_are_done_again(dtype, rise, aga
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("option", ["first_maximum", "staged"])
 @pytest.mark.parametrize("rise", [0, 8, 64])
 @pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)])
-def test_options_of_the_gluon_kernel(dim, dtype, rise, option):
+def test_scores_that_rise_along_a_window(dim, dtype, rise):
     generator = torch.Generator().manual_seed(3)
     grid, window = (96, 72), (38, 52)
     image = tensors(generator, 3, 1, grid[0] * grid[1], 2, dim, dtype=dtype)
     if rise:
         image[1].mul_(torch.linspace(0, rise, grid[0] * grid[1]).view(1, -1, 1, 1))
     text = tensors(generator, 3, 1, 256, 2, dim, dtype=dtype)
-    with launches.trying("npa_gluon", dim, CUDA, launches.launch("npa_gluon", dim, CUDA) | {option: True}):
-        again, first = check("gluon", CUDA, image, grid, window, text, rope=positions(grid, dim))
-        for _ in range(20):
-            assert all(map(torch.equal, first, again()))
+    again, first = check("gluon", CUDA, image, grid, window, text, rope=positions(grid, dim))
+    for _ in range(20):
+        assert all(map(torch.equal, first, again()))
 
 
 @pytest.mark.gpu

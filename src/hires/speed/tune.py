@@ -28,18 +28,12 @@ def _grid(**fields: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(fields, values)) for values in product(*fields.values())]
 
 
-GLUON_128 = {"groups": 2, "k_stages": 2, "v_stages": 2, "free_together": False, "staged": False, "first_maximum": False}
-GLUON_64 = GLUON_128 | {"groups": 4, "k_stages": 4, "v_stages": 4, "free_together": True}
+GLUON_128 = {"groups": 2, "k_stages": 2, "v_stages": 2}
+GLUON_64 = {"k_stages": 4, "v_stages": 4}
 CANDIDATES: dict[str, dict[int, list[dict[str, Any]]]] = {  # kernel, head dim; few of them spill registers on sm_90
     "npa_gluon": {
-        64: [
-            GLUON_64 | x
-            for x in (
-                *_grid(groups=(2, 4), free_together=(False, True), first_maximum=(False, True)),
-                *_grid(staged=(True,), first_maximum=(False, True)),
-            )
-        ],
-        128: [GLUON_128 | x for x in _grid(free_together=(False, True), first_maximum=(False, True))],
+        64: [GLUON_64 | x for x in _grid(groups=(2, 4), free_together=(False, True))],
+        128: [GLUON_128 | x for x in _grid(free_together=(False, True))],
     },
     "npa_triton": {
         64: [
