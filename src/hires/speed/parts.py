@@ -241,6 +241,7 @@ def _options(part: Part, speed: Speed, model: Model, device: torch.device) -> It
         yield _tried("step", "compiled", step)
         if backbone.family == "sdxl":
             backbone.model.to(memory_format=torch.channels_last)
+            torch.compiler.reset()  # what is compiled counts on its weights' strides
             yield _tried("step", "compiled, channels last", step)
     module = backbone.pipe.vae
     tile = module.tile_sample_min_size
