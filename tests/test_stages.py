@@ -34,6 +34,7 @@ from hires.data.pictures import Missing
 from hires.data.pictures import contents as contents_of
 from hires.data.prompts import Prompt, read_prompts
 from hires.errors import HiresError
+from hires.execution.threads import allowed
 from hires.files.storage import read_json, sha256, write_json
 from hires.metrics import load_clip, load_features
 from hires.models import HINTS, build_clip, build_pipeline
@@ -536,3 +537,11 @@ def test_the_stored_configuration_reads_back_equal(config):
     assert provenance.config_digest(load_config("config.yaml", {"prompts": {"seed": 1}})) != provenance.config_digest(
         config
     )
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 8), ("2", 2), ("64", 8), ("0", 8), ("2,1", 8)])
+def test_omp_num_threads_is_the_most_a_process_takes(given, expected, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert allowed(8) == expected

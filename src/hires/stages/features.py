@@ -8,6 +8,7 @@ from hires import layout, shards
 from hires.config import Config
 from hires.data.prompts import Prompt
 from hires.errors import HiresError
+from hires.execution.threads import allowed
 from hires.files.storage import digest, remade, sha256
 from hires.files.untrusted import member
 from hires.shards import read_manifest
@@ -63,7 +64,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str
     weights = [sha256(file) for name in (config.metrics.features, config.metrics.clip) for file in clip_files(name)]
     settings, prompts = config.metrics, {p.id: p for p in shards.drawn(config)}
     models.quiet("transformers")
-    torch.set_num_threads(config.compute.threads)
+    torch.set_num_threads(allowed(config.compute.threads))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with shards.told(what, len(work)) as made:
         for path, manifests in work.items():
@@ -91,7 +92,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str
                     load_clip(settings.clip, place),
                     crops_of(settings),
                     _scenes(asked),
-                    config.compute.threads,
+                    allowed(config.compute.threads),
                     wants_aliased(settings.scores),
                 )
             features.metadata["key"] = key

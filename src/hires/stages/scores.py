@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from hires import layout, shards
 from hires.config import Config, ImageSet
+from hires.execution.threads import allowed
 from hires.files import parquet
 from hires.files.storage import remade
 from hires.sizes import stage_sizes
@@ -34,7 +35,7 @@ def run(
 
     from hires.metrics import Features
 
-    torch.set_num_threads(config.compute.threads)
+    torch.set_num_threads(allowed(config.compute.threads))
     file = layout.reference_features(config, height, width)
     with remade("features", file):
         references = Features.load(file)
