@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 def allowed(count: int) -> int:
-    """`count` threads, or as many as OMP_NUM_THREADS allows: who runs several processes says there what each may use."""
+    """`count` threads, or as many as OMP_NUM_THREADS allows, by which several processes are told what each may use."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return min(count, int(given)) if given.isdecimal() and int(given) else count
 
