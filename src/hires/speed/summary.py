@@ -49,13 +49,27 @@ BLOCK = "<!-- speed: written by hires promote speed -->", "<!-- /speed -->"
 
 
 def readme_block(folder: Path) -> str:
-    """What the README says of speed: the ratios of a folder with parts, or that there is none yet."""
+    """What the README says of speed: seconds an image and ratios, sizes side by side; or that there is nothing yet."""
     if not (folder / "parts").is_dir():
         return "Not measured yet: `hires speed` on a GPU, then `hires promote speed`."
     rows = measurements(folder)
+    images = composed(rows)
+    equal = images[(images["setting"] == "equal steps") & (images["contender"] != "dense-jump")]
+    tables = (
+        _by_size(shown(equal), "contender", "seconds an image", "seconds an image"),
+        _by_size(ratios(rows, images), "figure", "factor", "factor (as the papers print it)"),
+    )
     shared = gpus(rows)
-    told = [markdown(ratios(rows, composed(rows))), *([markdown(shared)] if len(shared) else []), footnote(rows)]
+    told = [*map(markdown, tables), *([markdown(shared)] if len(shared) else []), footnote(rows)]
     return "\n".join(told)
+
+
+def _by_size(table: pd.DataFrame, what: str, value: str, header: str) -> pd.DataFrame:
+    """`value` of every model and `what`, a column for each size; what the papers print is in brackets beside it."""
+    printed = table["published"].map(lambda x: f" ({x})" if x else "") if "published" in table else ""
+    cells = table.assign(cell=table[value] + printed, side=table["size"].map(lambda side: f"{side}²"))
+    wide = cells.pivot_table("cell", ["model", what], "side", "first", fill_value="", sort=False)
+    return wide.reset_index().rename(columns={what: header})
 
 
 def in_readme(text: str, folder: Path) -> str:
