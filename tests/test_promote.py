@@ -13,7 +13,7 @@ from hires.provenance import machine
 KEYS = {"setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64, "metric": "fid"}
 
 
-def run(folder, config, studies, value=1.0, tables=("variants",), **columns):
+def run(folder, config, studies, value=1.0, crops=("npa",), **columns):
     """What a run of a configuration leaves, as far as promotion reads it."""
     folder.mkdir(parents=True)
     score = {"trial": "all", "variant": "npa", **KEYS, "value": value, "low": 0.0, "high": 9.0, "n": 1}
@@ -26,9 +26,9 @@ def run(folder, config, studies, value=1.0, tables=("variants",), **columns):
     record |= {"configuration": {"name": config}, "models": {}, "prompts": {"n": 1, "digest": "0" * 16}}
     record |= {"images": {"n": 1, "seeds": [0]}}
     (folder / "provenance.json").write_text(json.dumps(record))
-    (folder / "tables").mkdir()
-    for name in tables:
-        (folder / "tables" / f"{name}.md").write_text(f"{config} {value}")
+    (folder / "crops").mkdir()
+    for name in crops:
+        (folder / "crops" / f"{name}.webp").write_text(f"{config} {value}")
     return folder
 
 
@@ -54,14 +54,14 @@ def test_configurations_stand_side_by_side(place, capsys):
     expected = {("first", "main"): 1.0, ("first", "tau"): 1.0, ("second", "panorama"): 2.0}
     assert values() == expected and values("paired", "difference") == expected
     reference = place / "results/reference"
-    assert (reference / "tables/first/variants.md").read_text() == "first 1.0"
-    assert (reference / "tables/second/variants.md").read_text() == "second 2.0"
+    assert (reference / "crops/first/npa.webp").read_text() == "first 1.0"
+    assert (reference / "crops/second/npa.webp").read_text() == "second 2.0"
     assert pd.read_parquet(reference / "prompts/second.parquet")["prompt"].tolist() == ["second"]
     assert Results.open(reference).scores("panorama")["value"].tolist() == [2.0]
 
 
 def test_promoting_again_replaces_the_studies_of_that_run_only(place):
-    promote(run(place / "one", "first", ["main", "tau"], 1.0, tables=("variants", "old")))
+    promote(run(place / "one", "first", ["main", "tau"], 1.0, crops=("npa", "old")))
     promote(run(place / "two", "second", ["panorama"], 2.0))
     promote(run(place / "again", "first", ["main"], 3.0))
     expected = {("first", "main"): 3.0, ("first", "tau"): 1.0, ("second", "panorama"): 2.0}
@@ -71,8 +71,8 @@ def test_promoting_again_replaces_the_studies_of_that_run_only(place):
         (["tau"], "first 1.0"),
         (["main"], "first 3.0"),
     ]
-    assert [path.name for path in Path("results/reference/tables/first").iterdir()] == ["variants.md"]
-    assert Path("results/reference/tables/second/variants.md").read_text() == "second 2.0"
+    assert [path.name for path in Path("results/reference/crops/first").iterdir()] == ["npa.webp"]
+    assert Path("results/reference/crops/second/npa.webp").read_text() == "second 2.0"
     promote(run(place / "all", "first", ["main", "tau"], 4.0))
     records = json.loads(Path("results/reference/provenance/first.json").read_text())
     assert [record["commit"] for record in records] == ["first 4.0"]

@@ -209,7 +209,7 @@ def test_the_reference_is_checked_and_has_no_images(place, capsys):
     capsys.readouterr()
     assert main(["verify", "results/reference"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "results/reference: no images here: only tables, figures and records were checked"
+    assert lines[0] == "results/reference: no images here: only scores and records were checked"
     assert lines[1] == "results/reference: 7 files, all as they were made"
     assert main(["verify", "results/reference", "--again", "1"]) == 2
     assert "holds no images to make again" in capsys.readouterr().err

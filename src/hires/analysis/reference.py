@@ -3,7 +3,7 @@
     metrics.parquet, paired.parquet     rows of all of them, under `config` which configuration made them
     provenance/<config>.json            what made them: one record for the studies of each promotion
     prompts/<config>.parquet            the prompts drawn
-    tables/<config>/, figures/<config>/, crops/<config>/
+    crops/<config>/                     of the first images of every set
     SHA256SUMS                          of everything here
 
 A study is known by its name alone to whatever reads the tables, so two configurations can't share one.
@@ -15,24 +15,23 @@ from typing import Any
 
 import pandas as pd
 
-from hires.config import load_config
 from hires.errors import HiresError
 from hires.files import parquet
 from hires.files.storage import digest, read_json, write_json
-from hires.metrics.scores import TIDY, paired
 from hires.provenance.schema import Provenance
-from hires.stages import checksums, costs
+from hires.stages import checksums
 
 REFERENCE = Path("results/reference")
 TABLES = ("metrics.parquet", "paired.parquet")
-FOLDERS = ("tables", "figures", "crops")
+CROPS = "crops"
 
 
 def promote(source: Path, target: Path = REFERENCE) -> list[str]:
-    """Take the scores, tables, figures and records of a results folder into `target`; returns the studies taken.
+    """Take the scores, crops and records of a results folder into `target`; returns the studies taken.
 
-    Rows of these studies are replaced, and so are all tables and figures of the configuration; the rest stays. Origins
-    of shards that differ in nothing but the time are recorded once, with the first of these.
+    Rows of these studies are replaced, and so are all crops of the configuration; the rest stays. Tables and figures
+    are drawn from the scores wherever they are wanted (`snakemake figures`). Origins of shards that differ in nothing
+    but the time are recorded once, with the first of these.
     HiresError where the folder is unfinished, or a study of that name is another configuration's.
     """
     for name in (*TABLES, "provenance.json", "prompts.parquet"):
@@ -46,11 +45,9 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
     merged = {name: _merged(source / name, target / name, config, taken) for name in TABLES}
     for name, rows in merged.items():
         parquet.write_frame(target / name, rows)
-    for name in FOLDERS:
-        place = target / name / config
-        if (source / name).is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(source / name, place)
+    if (source / CROPS).is_dir():
+        shutil.rmtree(target / CROPS / config, ignore_errors=True)
+        shutil.copytree(source / CROPS, target / CROPS / config)
     (target / "prompts").mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "prompts.parquet", target / "prompts" / f"{config}.parquet")
     made = [*_others(target, config, taken), {"studies": taken, **record}]
@@ -64,6 +61,10 @@ def promote_costs(source: Path, target: Path = REFERENCE) -> list[str]:
 
     Rows of seconds and bytes are replaced. HiresError where nothing was measured, or no score of it was promoted.
     """
+    from hires.config import load_config
+    from hires.metrics.scores import TIDY, paired
+    from hires.stages import costs
+
     config = load_config(source / "config.yaml")
     rows = costs.rows(config, config.image_sets())
     if rows.empty:

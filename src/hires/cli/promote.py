@@ -3,7 +3,7 @@
 `hires promote tiny-flux` takes results/train/tiny-flux to src/hires/assets/tiny-flux, with tiny-vae from the same
 place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
 in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
-takes tables, figures, scores and the records, never images, and puts them beside those of other configurations: rows of
+takes scores, crops and records, never images, and puts them beside those of other configurations: rows of
 a study that stood there are replaced; `hires promote costs --from results/evaluation` takes what `hires costs` measured
 into such scores; `hires promote memory` takes the tables of results/memory to
 results/reference/memory and into the README, and `hires promote speed` what `hires speed` measured on a GPU. Nothing
