@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for difference in differences:
         print(difference)
     if not any(name.startswith("images/") for name in folder.records):
-        print(f"{args.folder}: no images here: only tables, figures and records were checked")
+        print(f"{args.folder}: no images here: only scores and records were checked")
     if args.again:
         for name, verdict in again(folder, args.again, args.seed, args.device):
             print(f"again: {name}: {verdict}")
