@@ -18,6 +18,7 @@ from hires.additions.extras import NO_EXTRAS, Control, Extras, controlnets
 from hires.attention import Guidance
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError, unknown
+from hires.execution.blending import whole_strips
 from hires.execution.parallel import shared_tiles
 from hires.files.untrusted import read_hints
 from hires.settings import PRESETS, Gamma, Resolved, Sampling
@@ -378,7 +379,7 @@ class Backbone(ABC):
         if upcast:
             nn.Module.to(vae, torch.float32)  # not diffusers' own, which warns each time
         try:
-            with self.full_precision(), shared_tiles(vae, x.shape[2:], factor):
+            with self.full_precision(), shared_tiles(vae, x.shape[2:], factor), whole_strips(vae):
                 yield vae
         finally:
             vae.use_tiling = was_tiled
