@@ -84,9 +84,10 @@ def _kernels(args: argparse.Namespace) -> None:
 
 def _models(args: argparse.Namespace) -> None:
     from hires.execution import parallel
-    from hires.execution.devices import locked_device, uses_gpu
+    from hires.execution.devices import locked_device, uses_gpu, without_fragments
     from hires.speed.settings import ROOT, choose, load_speed, parts, root
 
+    without_fragments()  # as `hires generate` does
     speed = load_speed(args.config)
     if args.device not in (None, "cuda", "cpu"):
         raise HiresError(f"--device {args.device}: allowed: cuda, cpu")
