@@ -8,10 +8,10 @@ Two warpgroups take turns: while one is in its softmax, the matrix unit is the o
 the next step are issued before the values of this one, so that its own softmax overlaps as well (the schedule of
 FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have room for four, which halve what is loaded.
 
-What is subtracted from a row's scores is the maximum of its first step, whatever follows: softmax doesn't depend on it,
-and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights for 2 ** 24 times, as they begin
-`HEADROOM` lower. Weights are positive, so that sums tell where this was not enough; such rows are not written, and a
-second launch, with running maxima, does their items again.
+What is subtracted from a row's scores is the maximum of its first step, whatever follows: softmax doesn't depend on
+it, and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights for 2 ** 16 times. Weights are
+positive, so that sums tell where this was not enough; such rows are not written, and a second launch, with running
+maxima, does their items again.
 """
 
 from math import ceil
@@ -236,16 +236,6 @@ def _shrunk(sums, shrink):
 # float32 accumulators have room for values up to 2 ** 63.
 LIMIT_FLOAT16 = gl.constexpr(65504.0)
 LIMIT_BFLOAT16 = gl.constexpr(2.0**64)
-HEADROOM = gl.constexpr(8.0)  # the first step's largest float16 weight is 2 ** -8, from which 17 bits are left to lose
-
-
-@gluon.jit
-def _first_maximum(scores, scale, dtype: gl.constexpr, AGAIN: gl.constexpr):
-    """What is subtracted after the first step, and to the end if it isn't done AGAIN."""
-    top = gl.max(scores, 1) * scale
-    if dtype == gl.float16 and not AGAIN:
-        top += HEADROOM
-    return top
 
 
 @gluon.jit
@@ -354,7 +344,7 @@ def _consume(
     if not FREE_TOGETHER:
         mbarrier.arrive(k_free.index(0), pred=begins)
     scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-    top = _first_maximum(scores, scale, dtype, AGAIN)
+    top = gl.max(scores, 1) * scale
     weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
     total = _partial_sums(weights, PARTS)
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
@@ -417,7 +407,7 @@ def _consume(
             mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
         last_total = _row_sums(total, dtype, AGAIN)
-        top = _first_maximum(scores, scale, dtype, AGAIN)
+        top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         total = _partial_sums(weights, PARTS)
         mbarrier.wait(v_ready.index(stage), phase)
@@ -475,7 +465,7 @@ def _step_in_turn(
         mbarrier.arrive(k_free.index(stage))
     scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
     if FIRST:
-        top = _first_maximum(scores, scale, dtype, AGAIN)
+        top = gl.max(scores, 1) * scale
     elif AGAIN:
         higher = _higher(top, gl.max(scores, 1) * scale)
         shrink = gl.exp2(top - higher)
