@@ -1,5 +1,6 @@
 """CUDA graphs of short steps: the logic on the CPU with traces in their place, the graphs themselves on a GPU."""
 
+import warnings
 from functools import cache
 
 import pytest
@@ -29,11 +30,12 @@ def fresh():
 class Traces:
     """Records as a GPU does: operations on tensors that stay in place; what Python decided is decided for good."""
 
-    def __init__(self, able=True):
-        self.able, self.recorded, self.released = able, 0, 0
+    def __init__(self, *able):
+        self.able, self.rehearsed, self.recorded, self.released = able or (True,), 0, 0, 0
 
     def rehearse(self, call):
-        return call(), self.able
+        self.rehearsed += 1
+        return call(), self.able[min(self.rehearsed, len(self.able)) - 1]
 
     def record(self, call, buffers):
         self.recorded += 1
@@ -93,7 +95,7 @@ def test_nothing_but_the_arguments_changes_between_steps(model, variant, monkeyp
     traces = request.getfixturevalue("traced")
     found, replays = counted(lambda: made(backbone, variant))
     assert all(map(torch.equal, found, expected))
-    assert [one.recorded for one in traces] == [one.released for one in traces] == [1] and replays == 1
+    assert [one.recorded for one in traces] == [one.released for one in traces] == [1] and replays == 2
     assert "forward" not in vars(backbone.model)
 
 
@@ -129,11 +131,38 @@ def test_a_recording_is_for_one_signature(device):
     assert not calls.kinds and "forward" not in vars(model)
 
 
-def test_what_waits_for_the_device_is_never_recorded():
-    model, traces = Affine(), Traces(able=False)
+@pytest.mark.parametrize(
+    ("able", "rehearsed", "recorded", "replays"),
+    [((True,), 1, 1, 3), ((False, True), 2, 1, 2), ((False,), 2, 0, 0)],
+)
+def test_a_first_call_that_waits_is_rehearsed_once_more(able, rehearsed, recorded, replays):
+    model, traces = Affine(), Traces(*able)
     with replayed(model, traces):
-        _, replays = counted(lambda: [model(torch.ones(3), more={"shifts": [1]}) for _ in range(5)])
-    assert traces.recorded == traces.released == replays == 0
+        found, seen = counted(lambda: [model(i * torch.ones(3), more={"shifts": [1]})[0] for i in range(5)])
+    assert (traces.rehearsed, traces.recorded, traces.released, seen) == (rehearsed, recorded, 1, replays)
+    assert torch.equal(torch.stack(found)[:, 0], torch.arange(5) + 1.0)
+
+
+class Repeats(Traces):
+    """Records by asking again: a trace doesn't go through what is compiled."""
+
+    def record(self, call, buffers):
+        self.recorded += 1
+        output = call(*buffers)
+        return output, lambda: output.copy_(call(*buffers))
+
+
+@torch.no_grad()
+def test_a_first_call_that_compiles_is_rehearsed_once_more():
+    """Later stages of the process need one rehearsal alone, unless they compile for another shape."""
+    model = nn.Linear(2, 3)
+    model.forward = torch.compile(model.forward, dynamic=False, backend="eager")
+    for rows, rehearsed in ((4, 2), (4, 1), (5, 2), (4, 1), (5, 1)):
+        with replayed(model, recorder := Repeats()):
+            for _ in range(4):
+                x = torch.rand(rows, 2)
+                torch.testing.assert_close(model(x), x @ model.weight.T + model.bias)
+        assert (recorder.rehearsed, recorder.recorded) == (rehearsed, 1)
 
 
 def test_models_that_are_suitable():
@@ -218,3 +247,26 @@ def test_a_stage_gives_its_memory_back():
     assert private[0] == private[4] == 0 < private[3]
     look()
     assert private[-1] == 0 and torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_rehearsal_on_a_gpu():
+    """Whether the host waited, what else was warned of, and in which pool a recording lies."""
+    recorder, x = CudaRecorder(torch.device("cuda")), torch.ones(2**20, device="cuda")
+    assert recorder.rehearse(lambda: x + 1)[1] and not recorder.rehearse(lambda: x.sum().item())[1]
+    with pytest.warns(UserWarning, match="mine") as found:
+        assert recorder.rehearse(lambda: warnings.warn("mine", stacklevel=1))[1]
+        assert not recorder.rehearse(lambda: (x.sum().item(), warnings.warn("mine", stacklevel=1)))[1]
+    assert len(found) == 2
+    torch.cuda.empty_cache()
+    torch.empty(2**28, device="cuda"), x.eq(3).all()  # stay cached
+    before = torch.cuda.memory_reserved()
+    (output,), launch = recorder.record(lambda x: (x + 1,), [x])
+    assert torch.cuda.memory_reserved() > before
+    x.fill_(2)
+    launch()
+    assert output.eq(3).all()
+    del output, launch
+    recorder.release()
+    assert torch.cuda.memory_reserved() == before

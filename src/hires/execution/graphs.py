@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from hires.execution.compilation import COMPILED
 
 PIXELS = 2048**2  # of all images in a call; longer ones keep a GPU busy, and a graph keeps its activations
-REPLAYED_FROM = 3  # the call of a kind whose work is recorded, and launched as a graph
+REPLAYED_FROM = 3  # the call of a kind whose work is recorded at the latest, and launched as a graph
 
 
 class Recorder(Protocol):
@@ -36,13 +36,15 @@ class _Kind:
 
     Attributes:
         buffers: arguments of the recording, into which those of a call are copied.
-        plain: whether it can't be recorded.
+        rehearsed: whether the next call can be recorded.
+        plain: whether none can.
         output, launch: of the recording.
     """
 
     signature: Any
     calls: int = 0
     buffers: list[Any] = field(default_factory=list)
+    rehearsed: bool = False
     plain: bool = False
     output: Any = None
     launch: Callable[[], object] | None = None
@@ -52,8 +54,9 @@ class Graphs:
     """A forward that is recorded once for each signature of its arguments, and replayed from then on.
 
     Signature: shapes, strides, dtypes and devices of tensors, wherever in the arguments, and the values of all else. A
-    first call compiles and fills caches, a second one is rehearsed on the stream of the recording, the third is
-    recorded. What else the forward depends on, attention processors and LoRAs for example, must stay as it is.
+    first call is rehearsed on the stream of the recording, the second is recorded. A first call that compiles or waits
+    for the device may have filled caches: the second is rehearsed as well, and the third recorded unless it waited,
+    too. What else the forward depends on, attention processors and LoRAs for example, must stay as it is.
 
     Attributes:
         prepared, replayed: calls before recordings were ready, and replays; of this process, for who measures.
@@ -80,16 +83,16 @@ class Graphs:
             Graphs.replayed += 1
             return _replay(kind, leaves)
         Graphs.prepared += 1
-        if kind.calls == 1:
-            return call(*leaves)
-        if kind.calls < REPLAYED_FROM:
-            kind.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            output, able = self.recorder.rehearse(lambda: call(*kind.buffers))
-            if not able:
-                kind.plain, kind.buffers = True, []
-            return output
-        kind.output, kind.launch = self.recorder.record(call, kind.buffers)
-        return _replay(kind, leaves)
+        if kind.rehearsed:
+            kind.output, kind.launch = self.recorder.record(call, kind.buffers)
+            return _replay(kind, leaves)
+        kind.buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        last, before = kind.calls == REPLAYED_FROM - 1, _compilations()
+        output, able = self.recorder.rehearse(lambda: call(*kind.buffers))
+        kind.rehearsed = able and (last or _compilations() == before)
+        if last and not able:
+            kind.plain, kind.buffers = True, []
+        return output
 
     def _kind(self, signature: Any) -> _Kind:
         for kind in self.kinds:
@@ -100,10 +103,8 @@ class Graphs:
 
     def drop(self) -> None:
         """Forget all recordings, and give back their memory."""
-        recorded = any(kind.launch for kind in self.kinds)
         self.kinds.clear()
-        if recorded:
-            self.recorder.release()
+        self.recorder.release()
 
 
 def _replay(kind: _Kind, leaves: list[Any]) -> Any:
@@ -115,16 +116,27 @@ def _replay(kind: _Kind, leaves: list[Any]) -> Any:
     return tree_map_only(Tensor, torch.clone, kind.output)  # the next replay writes over the recording's own
 
 
+def _compilations() -> int:
+    """Graphs that torch.compile has made in this process."""
+    import torch._dynamo.utils
+
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def _described(leaf: Any) -> Any:
     """What a recording is made for."""
     return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: they run one after the other, and what they give is copied."""
+    """CUDA graphs that share one pool of memory: they run one after the other, and what they give is copied.
+
+    `torch.cuda.graph` gives all cached memory back before a recording, which whatever runs next has to ask for anew.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream, self.pool = device, _side_stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, _side_stream(device)
+        self.pool: torch.cuda.MemPool | None = None
 
     def rehearse(self, call: Callable[[], Any]) -> tuple[Any, bool]:
         """A call that makes the host wait for the GPU can't be recorded; torch's debug mode warns of it."""
@@ -138,17 +150,35 @@ class CudaRecorder:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         current.wait_stream(self.stream)
-        return output, not any("called a synchronizing" in str(warning.message) for warning in found)
+        waits = [warning for warning in found if "called a synchronizing" in str(warning.message)]
+        for other in found:
+            if other not in waits:
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        return output, not waits
 
     def record(self, call: Callable[..., Any], buffers: list[Any]) -> tuple[Any, Callable[[], object]]:
+        torch.cuda.synchronize(self.device)
+        self._make_room()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            output = call(*buffers)
+        with torch.cuda.stream(self.stream):
+            self.pool = self.pool or torch.cuda.MemPool()
+            graph.capture_begin(self.pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
+            try:
+                output = call(*buffers)
+            finally:
+                graph.capture_end()
         return output, graph.replay
 
+    def _make_room(self) -> None:
+        """Give cached memory back, a rehearsal's among it, where twice as much isn't free: no recording can take it."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if free < 2 * (torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)):
+            torch.cuda.empty_cache()
+
     def release(self) -> None:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+        if self.pool is not None:
+            torch.cuda.synchronize(self.device)
+            self.pool = None  # its memory goes with it
 
 
 @cache
