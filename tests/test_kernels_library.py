@@ -5,6 +5,7 @@ import math
 import hires_kernels
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from hires.attention import use_attention
+from hires.attention.bands import BandLayer, bands
 from hires.attention.layers import AttentionHandle, Layer
 from hires.attention.npa import NpaLayer, UNetNpaProcessor
 from hires.errors import HiresError
@@ -250,6 +252,29 @@ def test_a_compiled_block_is_one_graph_with_the_operators_as_nodes():
         model(**flux_inputs((16, 16)))
     wanted = {torch.ops.hires.qk_norm_rope.default, torch.ops.hires.neighborhood_patch_attention.default}
     assert [set(found) for found in nodes] == [wanted, wanted]
+
+
+def test_a_compiled_block_of_a_band_is_one_graph():
+    """Here the only band. Its operator also has the exchange in it."""
+    model, nodes = small_flux(), []
+
+    def backend(graph, inputs):
+        nodes.append({node.target for node in graph.graph.nodes if "hires" in str(node.target)})
+        return graph
+
+    with use_attention(model, "npa", size=(16, 16), base_size=(8, 8)):
+        expected = model(**flux_inputs((16, 16)))[0]
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            rope = model.pos_embed(flux_inputs((16, 16))["img_ids"])
+            for block in blocks(model):
+                block.attn.processor.operation = BandLayer(block.attn.processor.operation, rope, bands(8, 4, 1))
+                block.compile(fullgraph=True, backend=backend)
+            given = model(**flux_inputs((16, 16)))[0]
+        finally:
+            dist.destroy_process_group()
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+    assert nodes == [{torch.ops.hires.qk_norm_rope.default, torch.ops.hires.band_attention.default}] * 2
 
 
 def test_shifts_of_every_step_run_in_one_graph():

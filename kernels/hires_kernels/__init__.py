@@ -6,7 +6,7 @@ head_dim), grids row-major.
 """
 
 from hires_kernels.backends import BACKENDS, Problem, explain
-from hires_kernels.band import band_attention, seen_rows
+from hires_kernels.band import EXCHANGING, band_attention, seen_rows
 from hires_kernels.errors import KernelError
 from hires_kernels.library import register_flop_formulas
 from hires_kernels.operations import local_attention, neighborhood_patch_attention, qk_norm_rope
@@ -15,6 +15,7 @@ from hires_kernels.watching import Ran, watch
 
 __all__ = [
     "BACKENDS",
+    "EXCHANGING",
     "KernelError",
     "Problem",
     "Ran",

@@ -286,11 +286,11 @@ def described(x: Tensor, grid: Grid, tile: Grid) -> Source | None:
     return Source(TensorDescriptor(x, list(shape), [row, token, 1], [*tile, dim]), walk)
 
 
-def programs(device: torch.device, launch: Launch, items: int) -> int:
-    """Size of the persistent launch grid."""
+def programs(device: torch.device, launch: Launch, items: int, spared: int = 0) -> int:
+    """Size of the persistent launch grid, which leaves `spared` multiprocessors to others."""
     if device.type == "cpu":
         return min(items, 2)
-    return min(items, launch.programs * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(items, launch.programs * (torch.cuda.get_device_properties(device).multi_processor_count - spared))
 
 
 def neighborhood_patch_attention(
@@ -306,13 +306,15 @@ def neighborhood_patch_attention(
     text_rows: str,
     scale: float,
     rows: tuple[int, int] | None = None,
+    spared: int = 0,
     run: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As the operation of this name, which has checked the input; `scale` must be positive.
 
     With `rows` only the patches that tile these rows of the grid are run (`hires_kernels.band`): other rows of the
-    output are not written, and the text rows are the mean over these patches. `run` computes the image rows and the
-    text rows of the patches: `attend`, or one that does the same.
+    output are not written, and the text rows are the mean over these patches. A single sample's query then needs no
+    more rows than up to their end. `spared` multiprocessors are left to what runs beside. `run` computes the image rows
+    and the text rows of the patches: `attend`, or one that does the same.
     """
     run = run or attend
     if scale <= 0:
@@ -326,7 +328,7 @@ def neighborhood_patch_attention(
         down[:, 0] = -rows[0]
         patches = Patches(grid, window, (ceil((rows[1] - rows[0]) / (window[0] // 2)), patches.count[1]), down)
     if text is None or text[0].shape[1] == 0:
-        run((query, key, value), None, patches, scale, output=image)
+        run((query, key, value), None, patches, scale, output=image, spared=spared)
         return image, None if text is None else new_like(text[0])
 
     text_query, text_key, text_value = (channels_together(x) for x in text)
@@ -336,10 +338,10 @@ def neighborhood_patch_attention(
         queries = turn(text_query, rope, patches)
         partial = queries if rope is not None else queries.new_empty(patches.shape(text_query))
         tokens = queries, keys, text_value
-        run((query, key, value), tokens, patches, scale, output=image, text_output=partial)
+        run((query, key, value), tokens, patches, scale, output=image, text_output=partial, spared=spared)
         average(partial, None, text_image)
     else:
-        run((query, key, value), (text_query, keys, text_value), patches, scale, output=image)
+        run((query, key, value), (text_query, keys, text_value), patches, scale, output=image, spared=spared)
         global_text_rows((query, key, value), (text_query, text_key, text_value), grid, rope, scale, text_image)
     return image, text_image
 
@@ -411,6 +413,7 @@ def attend(
     output: Tensor | None = None,
     text_output: Tensor | None = None,
     logsums: Tensor | None = None,
+    spared: int = 0,
 ) -> None:
     """Write `output` (batch, tokens, heads, dim) and `text_output` (batch, patches, text tokens, heads, dim)."""
     query, key, value = image
@@ -441,7 +444,7 @@ def attend(
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     ragged = logsums is not None and grid[0] % window[0] != 0
     watching.launched("fused.npa", **config._asdict(), tile=list(tile), tma=tma)
-    _attend[(programs(query.device, config, items),)](
+    _attend[(programs(query.device, config, items, spared),)](
         query, *pointers[:2], query if output is None else output,
         text_query, *pointers[2:], query if text_output is None else text_output, logsums, patches.shift,
         query.stride()[:3], *walks[:2], text_query.stride()[:3], *walks[2:],

@@ -641,6 +641,7 @@ def attend(
     scale: float,
     output: Tensor,
     text_output: Tensor | None = None,
+    spared: int = 0,
 ) -> None:
     """As `hires_kernels.fused.npa.attend`, without bands. Keys and values that TMA can't read in place are copied."""
     query = image[0]
@@ -675,7 +676,7 @@ def attend(
     image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / keys)
     sizes = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles
     shape = None, *sizes, items
-    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count - spared)
     watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
     again = torch.zeros(1 + 2 * items, dtype=torch.int32, device=query.device)
     for redo in (False, True):

@@ -1,11 +1,10 @@
 """Neighborhood Patch Attention of one image on several devices of a host, one process each.
 
-A process holds a band of rows of the token grid, whole query patches, for all linear layers; text is replicated. In
-every layer the rows of keys and values that a band's windows reach into come from the processes that hold them, and the
-text rows, means over a band's patches, are averaged by their numbers of patches.
+A process holds a band of rows of the token grid, whole query patches, for all linear layers; text is replicated.
+Attention is `hires_kernels.band_attention`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.library import custom_op
 
 from hires.attention.flux import check_call, image_ids
 from hires.attention.layers import Grid
@@ -47,95 +45,27 @@ def bands(height: int, window: int, count: int) -> list[Band]:
     return [Band(first, last, *hires_kernels.seen_rows(height, window, first, last)) for first, last in edges]
 
 
-@custom_op("hires::gather_rows", mutates_args=())
-def gather_rows(key: Tensor, value: Tensor, width: int, owned: Sequence[int], seen: Sequence[int]) -> list[Tensor]:
-    """Keys and values of the rows that this process sees, from its own and those of the processes that hold the others.
-
-    Tensors (batch, rows · width, heads, head_dim). `owned` and `seen`: first row and last + 1 of every process.
-    """
-    rank, ranks = dist.get_rank(), range(dist.get_world_size())
-    (low, high), own = (seen[2 * rank], seen[2 * rank + 1]), owned[2 * rank]
-    shape = (key.shape[0], (high - low) * width, *key.shape[2:])
-    outputs = [key.new_empty(shape) for _ in range(2)]
-    transfers, arrived = [], []
-    for other in ranks:
-        given = _overlap(owned, rank, seen, other)
-        taken = _overlap(owned, other, seen, rank)
-        if other == rank:
-            for x, output in zip((key, value), outputs, strict=True):
-                output[:, _tokens(taken, low, width)] = x[:, _tokens(taken, own, width)]
-            continue
-        for x, output in zip((key, value), outputs, strict=True):
-            if given:
-                sent = x[:, _tokens(given, own, width)].contiguous()
-                transfers.append(dist.P2POp(dist.isend, sent, other))
-            if taken:
-                place = output[:, _tokens(taken, low, width)]
-                whole = place.is_contiguous()
-                buffer = place if whole else torch.empty_like(place, memory_format=torch.contiguous_format)
-                transfers.append(dist.P2POp(dist.irecv, buffer, other))
-                if not whole:
-                    arrived.append((place, buffer))
-    for work in dist.batch_isend_irecv(transfers) if transfers else ():
-        work.wait()
-    for place, buffer in arrived:
-        place.copy_(buffer)
-    return outputs
-
-
-def _overlap(owned: Sequence[int], owner: int, seen: Sequence[int], seer: int) -> range:
-    return range(max(owned[2 * owner], seen[2 * seer]), min(owned[2 * owner + 1], seen[2 * seer + 1]))
-
-
-def _tokens(rows: range, first: int, width: int) -> slice:
-    return slice((rows.start - first) * width, (rows.stop - first) * width)
-
-
-@gather_rows.register_fake
-def _(key, value, width, owned, seen):
-    rank = dist.get_rank()
-    shape = (key.shape[0], (seen[2 * rank + 1] - seen[2 * rank]) * width, *key.shape[2:])
-    return [key.new_empty(shape) for _ in range(2)]
-
-
-@custom_op("hires::sum_over_processes", mutates_args=())
-def sum_over_processes(x: Tensor) -> Tensor:
-    total = x.clone()
-    dist.all_reduce(total)
-    return total
-
-
-@sum_over_processes.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
 class BandLayer:
-    """Stands in for the `NpaLayer` of a layer, of which this process has a band: gathers, attends, averages text rows.
+    """Stands in for the `NpaLayer` of a layer, of which this process has a band.
 
     rope: (cos, sin) of the rows that the band's windows see.
     """
 
     def __init__(self, whole: NpaLayer, rope: tuple[Tensor, Tensor], divided: list[Band]) -> None:
-        band, width, self.window = divided[dist.get_rank()], whole.layer.grid[1], whole.layer.window
-        self.layer = replace(whole.layer, grid=(band.last - band.first, width))
-        self.tokens, self.backend, self.rope = (band.last - band.first) * width, whole.backend, rope
-        self.seen_grid, self.first = (band.high - band.low, width), band.first - band.low
-        patches = [ceil((one.last - one.first) / (self.window[0] // 2)) for one in divided]
-        self.share = patches[dist.get_rank()] / sum(patches)
-        self.owned = [row for one in divided for row in (one.first, one.last)]
-        self.seen = [row for one in divided for row in (one.low, one.high)]
+        band = divided[dist.get_rank()]
+        self.grid, self.window = whole.layer.grid, whole.layer.window
+        self.layer = replace(whole.layer, grid=(band.last - band.first, self.grid[1]))
+        self.tokens, self.backend, self.rope = (band.last - band.first) * self.grid[1], whole.backend, rope
+        self.edges = [*(one.first for one in divided), self.grid[0]]
 
     def check(self, tokens: int, attention_mask: Tensor | None) -> None:
         check_call("npa", self.layer, tokens, attention_mask)
 
     def __call__(self, query, key, value, text=None, rope=None):
-        key, value = gather_rows(key, value, self.seen_grid[1], self.owned, self.seen)
-        image, text_rows = hires_kernels.band_attention(
-            query, key, value, grid=self.seen_grid, window=self.window, first=self.first,
+        return hires_kernels.band_attention(
+            query, key, value, grid=self.grid, window=self.window, edges=self.edges,
             text=text, rope=self.rope, backend=self.backend,
         )  # fmt: skip
-        return image, sum_over_processes(text_rows.float() * self.share).to(text_rows.dtype)
 
 
 @contextmanager

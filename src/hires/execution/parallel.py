@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import hires_kernels
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
@@ -56,6 +57,7 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         )
     if cuda:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast memory, which shared hosts often lack
+        os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", str(hires_kernels.EXCHANGING))
         torch.cuda.set_device(local)
     own = torch.device("cuda", local) if cuda else torch.device("cpu")
     dist.init_process_group("nccl" if cuda else "gloo", device_id=own if cuda else None)
@@ -66,10 +68,11 @@ def joined(device: str | None = None) -> Iterator[str | None]:
 
 
 def shared_tiles(vae: Any, size: Sequence[int], factor: int) -> AbstractContextManager[None]:
-    """Within it n processes decode or encode every n-th tile each, and then have all of them.
+    """Within it every process decodes or encodes a share of the tiles, and then has all of them.
 
     Args:
-        vae: an AutoencoderKL, tiled or not; any other runs whole in every process.
+        vae: an AutoencoderKL, tiled or not; any other runs whole in every process, and so does an encoder followed by a
+            convolution, which reads tiles before they are exchanged.
         size: (height, width) of its input.
         factor: 1 to encode; to decode, pixels a latent pixel.
     """
@@ -77,7 +80,7 @@ def shared_tiles(vae: Any, size: Sequence[int], factor: int) -> AbstractContextM
         return nullcontext()
     decode = factor > 1
     side = vae.tile_latent_min_size if decode else vae.tile_sample_min_size
-    if max(size) <= side:
+    if max(size) <= side or (vae.config.use_quant_conv and not decode):
         return nullcontext()
     step = int(side * (1 - vae.tile_overlap_factor))
     tiles = len(range(0, size[0], step)) * len(range(0, size[1], step))
@@ -91,22 +94,26 @@ def shared_tiles(vae: Any, size: Sequence[int], factor: int) -> AbstractContextM
 def _shared(module: nn.Module, tiles: int, scale: float, channels: int) -> Iterator[None]:
     """`module` called `tiles` times an image; `scale`: side of its output over that of its input.
 
-    A tile of another process is memory that fills while this one goes on; the last tile waits for all.
+    A tile goes to the process with the smallest area so far. To others it is memory that the last call fills: a
+    transfer that waits for its sender would hold multiprocessors meanwhile.
     """
-    rank, count, former = dist.get_rank(), dist.get_world_size(), module.forward
-    works: list[Any] = []
+    rank, former = dist.get_rank(), module.forward
+    areas = [0] * dist.get_world_size()
+    outputs: list[tuple[int, Tensor]] = []
 
     def forward(x: Tensor) -> Tensor:
-        owner = len(works) % count
+        owner = areas.index(min(areas))
+        areas[owner] += x.shape[2] * x.shape[3]
         if owner == rank:
             output = former(x).contiguous()
         else:
             output = x.new_empty(x.shape[0], channels, round(x.shape[2] * scale), round(x.shape[3] * scale))
-        works.append(dist.broadcast(output, src=owner, async_op=True))
-        if len(works) == tiles:
-            for work in works:
+        outputs.append((owner, output))
+        if len(outputs) == tiles:
+            for work in [dist.broadcast(tile, src=source, async_op=True) for source, tile in outputs]:
                 work.wait()
-            works.clear()
+            outputs.clear()
+            areas[:] = [0] * len(areas)
         return output
 
     module.forward = forward  # type: ignore[method-assign]
