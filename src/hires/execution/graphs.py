@@ -144,6 +144,7 @@ class CudaRecorder:
         self.stream.wait_stream(current)
         with warnings.catch_warnings(record=True, action="always") as found:
             torch.cuda.set_sync_debug_mode("warn")
+            found.clear()  # it says that it is a prototype
             try:
                 with torch.cuda.stream(self.stream):
                     output = call()
