@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from hires import load
@@ -110,6 +112,15 @@ def test_a_process_that_fails_ends_all_with_one_line(capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") or os.pathsep.join(sys.path))
     assert parallel.launch(2, ["plan", "--config", "nowhere.yaml"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_an_encoder_is_not_shared_where_a_convolution_reads_each_tile_at_once(monkeypatch):
+    monkeypatch.setattr(parallel, "active", lambda: True)
+    for convolution in (True, False):
+        vae = AutoencoderKL(sample_size=64, use_quant_conv=convolution, block_out_channels=(32,))
+        vae.enable_tiling()
+        shared = [not isinstance(parallel.shared_tiles(vae, (128, 128), factor), nullcontext) for factor in (1, 8)]
+        assert shared == [not convolution, True]
 
 
 def test_alone_nothing_is_joined():
