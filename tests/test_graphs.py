@@ -235,6 +235,15 @@ def test_steps_that_change_or_wait_are_not_replayed(dtype, settings):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny-flux", "tiny-sdxl"])
+def test_a_stage_of_a_warm_process_is_recorded_at_its_second_call(model):
+    made(on_gpu(model), "scalediff")
+    before = Graphs.prepared
+    made(on_gpu(model), "scalediff")
+    assert Graphs.prepared == before + 2
+
+
+@pytest.mark.gpu
 def test_a_stage_gives_its_memory_back():
     private = []
 
