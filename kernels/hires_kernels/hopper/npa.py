@@ -8,10 +8,11 @@ Two warpgroups take turns: while one is in its softmax, the matrix unit is the o
 the next step are issued before the values of this one, so that its own softmax overlaps as well (the schedule of
 FlashAttention-3, arXiv 2407.08608, section 3). At head dim 64 registers have room for four, which halve what is loaded.
 
-What is subtracted from a row's scores is the maximum of its first step, whatever follows: softmax doesn't depend on
-it, and bfloat16 weights have room for 2 ** 64 times the first ones, float16 weights for 2 ** 16 times. Weights are
-positive, so that sums tell where this was not enough; such rows are not written, and a second launch, with running
-maxima, does their items again.
+In bfloat16 what is subtracted from a row's scores is the maximum of its first step, whatever follows: softmax doesn't
+depend on it, and weights have room for 2 ** 100 times the first ones. Weights are positive, so that sums tell where
+this was not enough; such rows are not written, and a second launch, with running maxima, does their items again.
+Float16 has room for 2 ** 16, which one row in a hundred passes in a trained U-Net: its maxima run. A launch with
+`staged` writes outputs by way of shared memory.
 """
 
 from math import ceil
@@ -232,17 +233,16 @@ def _shrunk(sums, shrink):
         return gl.inline_asm_elementwise(SHRINK_64, SHRINK_64_OPERANDS, [sums, shrink], gl.float32, False, 64)
 
 
-# What a partial sum must stay below where the maximum is the first step's: the weights in it fit their dtype, and the
-# float32 accumulators have room for values up to 2 ** 63.
-LIMIT_FLOAT16 = gl.constexpr(65504.0)
-LIMIT_BFLOAT16 = gl.constexpr(2.0**64)
+# What a partial sum must stay below where the maximum is the first step's: float32 accumulators then have room for
+# values up to 2 ** 25.
+LIMIT = gl.constexpr(2.0**100)
+FIRST_MAXIMA = (torch.bfloat16,)  # dtypes whose maxima are those of first steps
 
 
 @gluon.jit
-def _row_sums(total, dtype: gl.constexpr, AGAIN: gl.constexpr):
+def _row_sums(total, RUNNING: gl.constexpr):
     """Sums of rows from partial ones; of first maxima NaN where one of these is not below the limit."""
-    if not AGAIN:
-        LIMIT: gl.constexpr = LIMIT_FLOAT16 if dtype == gl.float16 else LIMIT_BFLOAT16
+    if not RUNNING:
         total = gl.where(total < LIMIT, total, float("nan"))
     return gl.sum(total, 1)
 
@@ -277,12 +277,18 @@ def _partial_sums(weights, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _write(
-    GROUP: gl.constexpr, outputs, output, text_output, shape, wanted,
-    batch, head, patch, tile, first_row, first_col, down, across, QUERIES: gl.constexpr, LAYOUT: gl.constexpr,
+    GROUP: gl.constexpr, outputs, queries, output, text_output, shape, wanted,
+    batch, head, patch, tile, first_row, first_col, down, across,
+    QUERIES: gl.constexpr, STAGED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Rows of one warpgroup to where they belong, if `wanted`."""
+    """Rows of one warpgroup to where they belong, if `wanted`. STAGED: by way of the item's own queries, whole rows."""
     _, grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = outputs.shape[1]
+    if STAGED:
+        queries.store(outputs)
+        _synchronise()
+        outputs = queries.load(LAYOUT)
+        _synchronise()
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     token, valid = _tokens(place, tile, first_row, first_col, down, across, grid[1], text_tokens, image_tiles, QUERIES)
     long_batch = batch.to(gl.int64)
@@ -301,7 +307,8 @@ def _consume(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, AGAIN: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr, RUNNING: gl.constexpr,
+    AGAIN: gl.constexpr,
 ):  # fmt: skip
     """One of two warpgroups. First scores of an item are issued together with the last values of the one before it."""
     query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
@@ -315,6 +322,7 @@ def _consume(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     no_scores = gl.zeros([64, KEYS], gl.float32, SCORES)
     stride = gl.num_programs(0)
@@ -371,7 +379,7 @@ def _consume(
                 mbarrier.arrive(k_free.index(next_stage))
 
             scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-            if AGAIN:
+            if RUNNING:
                 higher = _higher(top, gl.max(scores, 1) * scale)
                 shrink = gl.exp2(top - higher)
                 total *= gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PARTS)), 1)
@@ -381,7 +389,7 @@ def _consume(
             mbarrier.wait(v_ready.index(stage), phase)  # as before: ptxas moves no softmax across a branch
             sums, operand = warpgroup_mma_wait(0, [sums, operand])
             mbarrier.arrive(v_free.index(stage))
-            if AGAIN:
+            if RUNNING:
                 sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             done += 1
@@ -406,7 +414,7 @@ def _consume(
         if not FREE_TOGETHER:
             mbarrier.arrive(k_free.index(next_stage), pred=follows)
         scores = _hide(scores, 0, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-        last_total = _row_sums(total, dtype, AGAIN)
+        last_total = _row_sums(total, RUNNING)
         top = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - gl.expand_dims(top, 1))
         total = _partial_sums(weights, PARTS)
@@ -415,11 +423,15 @@ def _consume(
         mbarrier.arrive(v_free.index(stage))
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
-        wanted = _noted(GROUP, _number(item, listed), again) if AGAIN else _note(GROUP, last_total, item, again)
+        wanted = True
+        if not RUNNING:
+            wanted = _note(GROUP, last_total, item, again)
+        if AGAIN:
+            wanted = _noted(GROUP, _number(item, listed), again)
         sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
         _write(
-            GROUP, sums.to(dtype), output, text_output, shape, wanted,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
+            GROUP, sums.to(dtype), queries, output, text_output, shape, wanted,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
         )  # fmt: skip
 
         batch2, head2, patch2, tile2, _, _, first_row2, first_col2, down2, across2 = _item(
@@ -441,10 +453,9 @@ def _consume(
 def _step_in_turn(
     queries, k_tiles, v_tiles, barriers, sums, total, top, done, step, image_steps, window, text_tokens, scale,
     ROWS: gl.constexpr, COLS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr, FREE_TOGETHER: gl.constexpr, AGAIN: gl.constexpr,
-    FIRST: gl.constexpr,
+    MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr, FREE_TOGETHER: gl.constexpr, MAXIMUM: gl.constexpr,
 ):  # fmt: skip
-    """Add the keys and values of a step, the FIRST of an item or another."""
+    """Add the keys and values of a step, without MAXIMUM by the maxima that there are."""
     DIM: gl.constexpr = queries.shape[1]
     dtype: gl.constexpr = queries.dtype
     KEYS: gl.constexpr = ROWS * COLS
@@ -464,9 +475,7 @@ def _step_in_turn(
     if not FREE_TOGETHER:
         mbarrier.arrive(k_free.index(stage))
     scores = _hide(scores, step, image_steps, window, text_tokens, ROWS, COLS, MASK_IMAGE, MASK_TEXT, SCORES)
-    if FIRST:
-        top = gl.max(scores, 1) * scale
-    elif AGAIN:
+    if MAXIMUM:
         higher = _higher(top, gl.max(scores, 1) * scale)
         shrink = gl.exp2(top - higher)
         sums = _shrunk(sums, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)))
@@ -489,7 +498,8 @@ def _consume_in_turn(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, MASK_IMAGE: gl.constexpr, MASK_TEXT: gl.constexpr,
-    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, AGAIN: gl.constexpr,
+    GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr, RUNNING: gl.constexpr,
+    AGAIN: gl.constexpr,
 ):  # fmt: skip
     """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
     query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
@@ -501,6 +511,7 @@ def _consume_in_turn(
     PARTS: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0]) if STAGED else SUMS
     dtype: gl.constexpr = q_tiles.dtype
     stride = gl.num_programs(0)
 
@@ -527,27 +538,32 @@ def _consume_in_turn(
         top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
         first_steps, last_steps = _steps(tile, down, across, shape, QUERIES)
-        sums, total, top = _step_in_turn(
-            queries, k_tiles, v_tiles, barriers, sums, total, top,
-            done, 0, image_steps, window, text_tokens, scale,
-            ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, AGAIN, True,
-        )  # fmt: skip
-        done += 1
-        for step in range(1, first_steps + last_steps):
+        if not RUNNING:
+            sums, total, top = _step_in_turn(
+                queries, k_tiles, v_tiles, barriers, sums, total, top,
+                done, 0, image_steps, window, text_tokens, scale,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, True,
+            )  # fmt: skip
+            done += 1
+        for step in range(0 if RUNNING else 1, first_steps + last_steps):
             sums, total, top = _step_in_turn(
                 queries, k_tiles, v_tiles, barriers, sums, total, top,
                 done, step, image_steps, window, text_tokens, scale,
-                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, AGAIN, False,
+                ROWS, COLS, K_STAGES, V_STAGES, MASK_IMAGE, MASK_TEXT, FREE_TOGETHER, RUNNING,
             )  # fmt: skip
             done += 1
 
         batch, head, patch, tile, _, _, first_row, first_col, down, across = _item(item, shift, shape, SHIFTED)
-        last_total = _row_sums(total, dtype, AGAIN)
-        wanted = _noted(GROUP, _number(item, listed), again) if AGAIN else _note(GROUP, last_total, item, again)
+        last_total = _row_sums(total, RUNNING)
+        wanted = True
+        if not RUNNING:
+            wanted = _note(GROUP, last_total, item, again)
+        if AGAIN:
+            wanted = _noted(GROUP, _number(item, listed), again)
         sums *= gl.expand_dims(1.0 / gl.convert_layout(last_total, gl.SliceLayout(1, SUMS)), 1)
         _write(
-            GROUP, sums.to(dtype), output, text_output, shape, wanted,
-            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, SUMS,
+            GROUP, sums.to(dtype), queries, output, text_output, shape, wanted,
+            batch, head, patch, tile, first_row, first_col, down, across, QUERIES, STAGED, OUTPUTS,
         )  # fmt: skip
         buffer = 1 - buffer
 
@@ -559,7 +575,8 @@ def _attend(
     QUERIES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DIM: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNED: gl.constexpr, SHIFTED: gl.constexpr, HAS_TEXT: gl.constexpr, MASK_IMAGE: gl.constexpr,
-    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, AGAIN: gl.constexpr,
+    MASK_TEXT: gl.constexpr, GROUPS: gl.constexpr, FREE_TOGETHER: gl.constexpr, STAGED: gl.constexpr,
+    RUNNING: gl.constexpr, AGAIN: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = key.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], dtype)
@@ -593,12 +610,12 @@ def _attend(
             (_consume, (
                 0, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_consume, (
                 1, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
@@ -610,22 +627,22 @@ def _attend(
             (_consume_in_turn, (
                 0, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_consume_in_turn, (
                 1, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_consume_in_turn, (
                 2, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_consume_in_turn, (
                 3, rest,
                 QUERIES, ROWS, COLS, DIM, K_STAGES, V_STAGES, TURNED, SHIFTED, MASK_IMAGE, MASK_TEXT, GROUPS,
-                FREE_TOGETHER, AGAIN,
+                FREE_TOGETHER, STAGED, RUNNING, AGAIN,
             )),
             (_produce, (
                 key, value, text_key, text_value, shift, key_walks, shape, k_tiles, v_tiles, barriers,
@@ -678,8 +695,11 @@ def attend(
     shape = None, *sizes, items
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count - spared)
     watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
-    again = torch.zeros(1 + 2 * items, dtype=torch.int32, device=query.device)
-    for redo in (False, True):
+    again, passes = None, [(True, False)]
+    if query.dtype in FIRST_MAXIMA:
+        again = torch.zeros(1 + 2 * items, dtype=torch.int32, device=query.device)
+        passes = [(False, False), (True, True)]
+    for running, redo in passes:
         _attend[(programs,)](
             query, *pointers[:2], output,
             text_query, *pointers[2:], output if text_output is None else text_output,
@@ -689,5 +709,6 @@ def attend(
             K_STAGES=launch["k_stages"], V_STAGES=launch["v_stages"], TURNED=turned,
             SHIFTED=patches.shift is not None, HAS_TEXT=text is not None,
             MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]), MASK_TEXT=text_tokens % keys != 0,
-            GROUPS=groups, FREE_TOGETHER=launch["free_together"], AGAIN=redo, num_warps=4,
+            GROUPS=groups, FREE_TOGETHER=launch["free_together"], STAGED=launch["staged"],
+            RUNNING=running, AGAIN=redo, num_warps=4,
         )  # fmt: skip

@@ -28,11 +28,12 @@ def _grid(**fields: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(fields, values)) for values in product(*fields.values())]
 
 
-GLUON_128 = {"groups": 2, "k_stages": 2, "v_stages": 2}
-GLUON_64 = {"k_stages": 4, "v_stages": 4}
+GLUON_128 = {"groups": 2, "k_stages": 2, "v_stages": 2, "staged": False}
+STAGED_64 = {"groups": 4, "free_together": True, "staged": True}
+GLUON_64 = {"k_stages": 4, "v_stages": 4, "staged": False}
 CANDIDATES: dict[str, dict[int, list[dict[str, Any]]]] = {  # kernel, head dim; few of them spill registers on sm_90
     "npa_gluon": {
-        64: [GLUON_64 | x for x in _grid(groups=(2, 4), free_together=(False, True))],
+        64: [GLUON_64 | x for x in (*_grid(groups=(2, 4), free_together=(False, True)), STAGED_64)],
         128: [GLUON_128 | x for x in _grid(free_together=(False, True))],
     },
     "npa_triton": {
