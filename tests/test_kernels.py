@@ -400,6 +400,11 @@ def call_npa(**changes):
     return neighborhood_patch_attention(x, tensor, x, **options)
 
 
+def call_odd():
+    x = torch.zeros(1, 16, HEADS, 7)
+    return neighborhood_patch_attention(x, x, x, grid=(4, 4), window=2, rope=(torch.zeros(16, 7),) * 2)
+
+
 def call_local(**changes):
     x = torch.zeros(1, 16, HEADS, DIM)
     return local_attention(x, x, x, **({"grid": (4, 4)} | changes))
@@ -415,7 +420,10 @@ def call_local(**changes):
         (call_npa, {"backend": "sdap"}, "unknown backend 'sdap': allowed: auto, "),
         (call_npa, {"text_rows": "mean"}, "unknown text_rows 'mean'"),
         (call_npa, {"text": (torch.zeros(1, 3, HEADS, DIM),) * 2}, r"must be \(query, key, value\)"),
-        (call_npa, {"rope": (torch.zeros(4, DIM),) * 2}, r"each \(16, 8\)"),
+        (call_npa, {"rope": (torch.zeros(4, DIM),) * 2}, r"rope of .* two of shape \(16, 8\)"),
+        (call_npa, {"rope": (torch.zeros(16, DIM),)}, r"two of shape \(16, 8\)"),
+        (call_odd, {}, "head_dim 7: rope turns pairs of channels: must be even"),
+        (call_npa, {"tensor": torch.zeros(1, 16, HEADS, DIM, device="meta")}, "tensors on cpu, meta: must be on one"),
         (call_npa, {"shift": torch.tensor([[0, 2]])}, r"allowed: 0 … \[1, 1\]"),
         (call_npa, {"shift": torch.tensor([0, 1])}, r"integer tensor \(1, 2\)"),
         (call_local, {}, "give one of the two"),
@@ -426,7 +434,7 @@ def call_local(**changes):
         (
             call_local,
             {"radius": 1, "guidance": (torch.zeros(1, 3, HEADS, DIM),) * 2, "guidance_grid": (2, 2)},
-            r"each \(1, 4, 2, 8\)",
+            r"guidance of .* two of shape \(1, 4, 2, 8\)",
         ),
     ],
 )

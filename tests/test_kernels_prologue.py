@@ -254,11 +254,16 @@ def test_flux_with_the_kernel_is_flux_without(monkeypatch, device):
             r"weight of shapes \(16,\), \(32,\): must be two of shape \(32,",
         ),
         ({"rope": (torch.ones(20, 32),) * 2}, r"rope of shapes .*two of shape \(21, 32\)"),
-        ({"text": (torch.ones(1, 5, 3, 32), torch.ones(1, 6, 3, 32))}, r"two of shape \(1, 5, 3, 32\)"),
+        (
+            {"text": (torch.ones(1, 5, 3, 32), torch.ones(1, 6, 3, 32))},
+            r"\(query, key\), each \(1, text tokens, 3, 32\)",
+        ),
+        ({"text": (torch.ones(1, 5, 3, 32),)}, r"must be \(query, key\)"),
         ({"text_weight": (torch.ones(3),) * 2}, "text_weight of shapes"),
         ({"places": torch.ones(2)}, r"places torch.float32 of shape \(2,\): must be an integer tensor"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
-        ({"key": torch.ones(1, 20, 3, 32)}, r"query and key of shapes .*two of shape \(1, 21, 3, 32\)"),
+        ({"key": torch.ones(1, 20, 3, 32)}, r"query, key, … of shapes .*must share one"),
+        ({"key": torch.ones(1, 21, 3, 32).half()}, "torch.float16, torch.float32: must share one floating-point"),
     ],
 )
 def test_bad_input_is_one_clear_line(change, message):

@@ -1,5 +1,7 @@
 """The public operations: check the input and call the operator (`hires_kernels.library`)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,13 +69,12 @@ def neighborhood_patch_attention(
     if rows > grid[0] or cols > grid[1]:
         raise KernelError(f"window {rows}x{cols} is larger than the grid {grid[0]}x{grid[1]}: allowed: up to the grid")
     _check_name("text_rows", text_rows, ("patch", "global"))
-    if rope is not None and any(x.shape != (query.shape[1], query.shape[3]) for x in rope):
-        shapes = ", ".join(str(tuple(x.shape)) for x in rope)
-        raise KernelError(f"rope of shapes {shapes}: must be (cos, sin), each {(query.shape[1], query.shape[3])}")
+    if rope is not None:
+        _check_rope(rope, query)
     if shift is not None:
         _check_shift(shift, len(query))
     query, key, value, *texts = _autocast(query, key, value, *(text or ()))
-    _check_dtypes(query, key, value, *texts)
+    _check_alike(query, key, value, *texts)
     image, text_output = library.neighborhood_patch_attention(
         query,
         key,
@@ -145,14 +146,11 @@ def local_attention(
     if guidance is not None and guidance_grid is not None:
         if min(guidance_grid) < 1:
             raise KernelError(f"guidance_grid {guidance_grid}: a side must be at least 1 token")
-        expected = (len(query), guidance_grid[0] * guidance_grid[1], *query.shape[2:])
-        if any(x.shape != expected for x in guidance):
-            shapes = ", ".join(str(tuple(x.shape)) for x in guidance)
-            raise KernelError(f"guidance of shapes {shapes}: must be (key, value), each {expected}")
+        _check_pair("guidance", guidance, (len(query), guidance_grid[0] * guidance_grid[1], *query.shape[2:]))
     _check_name("guidance_neighbours", guidance_neighbours, ("row", "all"))
     _check_name("order", order, ORDERS)
     query, key, value, *others = _autocast(query, key, value, *(text or ()), *(guidance or ()))
-    _check_dtypes(query, key, value, *others)
+    _check_alike(query, key, value, *others)
     image, text_output, _ = library.local_attention(
         query,
         key,
@@ -205,16 +203,17 @@ def qk_norm_rope(
     Raises:
         KernelError: the shapes or the backend don't fit.
     """
-    batch, tokens, heads, head_dim = query.shape
-    _check_pair("query and key", (query, key), (batch, tokens, heads, head_dim))
+    _check_image(query, key)
+    head_dim = query.shape[-1]
     _check_pair("weight", weight, (head_dim,))
-    _check_pair("rope", rope, (tokens, head_dim))
+    _check_rope(rope, query)
     if text_weight is not None:
         _check_pair("text_weight", text_weight, (head_dim,))
     if text is not None:
-        _check_pair("text", text, (batch, text[0].shape[1], heads, head_dim))
+        _check_text(query, text, ("query", "key"))
     if places is not None and (places.ndim != 1 or places.is_floating_point()):
         raise KernelError(f"places {places.dtype} of shape {tuple(places.shape)}: must be an integer tensor (copies,)")
+    _check_alike(query, key, *(text or ()))
     inputs = query, key, *(text or ()), *weight, *(text_weight or ())
     outputs = library.qk_norm_rope(
         query,
@@ -246,9 +245,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check_pair(name: str, pair: Pair, allowed: tuple[int, ...]) -> None:
-    if any(x.shape != allowed for x in pair):
+    if len(pair) != 2 or any(x.shape != allowed for x in pair):
         shapes = ", ".join(str(tuple(x.shape)) for x in pair)
         raise KernelError(f"{name} of shapes {shapes}: must be two of shape {allowed}")
+
+
+def _check_rope(rope: Pair, query: Tensor) -> None:
+    _check_pair("rope", rope, (query.shape[1], query.shape[3]))
+    if query.shape[3] % 2:
+        raise KernelError(f"head_dim {query.shape[3]}: rope turns pairs of channels: must be even")
 
 
 def _check_name(kind: str, given: str, allowed: tuple[str, ...]) -> None:
@@ -256,31 +261,38 @@ def _check_name(kind: str, given: str, allowed: tuple[str, ...]) -> None:
         raise KernelError(f"unknown {kind} {given!r}: allowed: {', '.join(allowed)}")
 
 
+def _check_image(*tensors: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in tensors]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 4 or min(shapes[0]) < 1:
+        raise KernelError(
+            f"query, key, … of shapes {shapes}: must share one (batch, tokens, heads, head_dim), each at least 1"
+        )
+
+
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> None:
-    shapes = [tuple(x.shape) for x in (query, key, value)]
-    if query.ndim != 4 or len(set(shapes)) > 1:
-        raise KernelError(f"query, key, value of shapes {shapes}: must share one (batch, tokens, heads, head_dim)")
-    if min(*query.shape, *grid) < 1:
-        raise KernelError(f"query of shape {shapes[0]} on a grid of {grid[0]}x{grid[1]}: nothing to attend to")
-    if query.shape[1] != grid[0] * grid[1]:
+    _check_image(query, key, value)
+    if min(grid) < 1 or query.shape[1] != grid[0] * grid[1]:
         raise KernelError(f"{query.shape[1]} image tokens: a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
 
 
-def _check_dtypes(*tensors: Tensor) -> None:
-    kinds = {x.dtype for x in tensors}
+def _check_alike(*tensors: Tensor) -> None:
+    kinds, places = {x.dtype for x in tensors}, {x.device for x in tensors}
     if len(kinds) > 1 or not tensors[0].is_floating_point():
         given = ", ".join(sorted(str(kind) for kind in kinds))
         raise KernelError(f"tensors of {given}: must share one floating-point dtype")
+    if len(places) > 1:
+        raise KernelError(f"tensors on {', '.join(sorted(map(str, places)))}: must be on one device")
 
 
-def _check_text(query: Tensor, text: Triple | None) -> None:
+def _check_text(query: Tensor, text: Sequence[Tensor] | None, names: Sequence[str] = ("query", "key", "value")) -> None:
     if text is None:
         return
     batch, _, heads, head_dim = query.shape
     shapes = [tuple(x.shape) for x in text]
-    if len(shapes) != 3 or len(set(shapes)) > 1 or shapes[0] != (batch, text[0].shape[1], heads, head_dim):
+    rows = {shape[:1] + shape[2:] for shape in shapes}
+    if len(shapes) != len(names) or len(set(shapes)) > 1 or rows != {(batch, heads, head_dim)}:
         allowed = f"({batch}, text tokens, {heads}, {head_dim})"
-        raise KernelError(f"text of shapes {shapes}: must be (query, key, value), each {allowed}")
+        raise KernelError(f"text of shapes {shapes}: must be ({', '.join(names)}), each {allowed}")
 
 
 def _check_shift(shift: Tensor, batch: int) -> None:
