@@ -88,4 +88,4 @@ def test_bad_input_is_one_clear_line(capsys):
     assert "did you mean 'npa_gluon'" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["speed", "tune"]) == 2
-        assert "there is no CUDA device here" in capsys.readouterr().err
+        assert "measures on a CUDA device: run it on a GPU" in capsys.readouterr().err

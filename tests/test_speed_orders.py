@@ -39,6 +39,8 @@ def test_the_counters_of_all_kernels_are_added():
     [
         (["--shapes", "npa-tiny-0"], "neighborhood patch attention has no order: allowed: local-flux-2048"),
         (["--shapes", "local-tiny-0", "--traffic"], "put ncu on the PATH"),
+        ([], "--device cpu measures --shapes tiny only"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
         (["--shapes", "nothing"], "no shape fits 'nothing'"),
     ],
 )

@@ -188,13 +188,11 @@ def _measure(
 
 
 def _orders(args: argparse.Namespace) -> None:
-    import torch
-
     from hires.speed import orders
 
-    shapes = orders.check(_items(args.shapes), args.device, args.traffic)
+    device, shapes = orders.check(_items(args.shapes), args.device, args.traffic)
     print(orders.HEADER)
-    for row in orders.measure(shapes, torch.device(args.device), args.repeats, args.traffic):
+    for row in orders.measure(shapes, device, args.repeats, args.traffic):
         print(orders.line(row), flush=True)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hires import provenance
-from hires.errors import HiresError, unknown
+from hires.errors import unknown
 from hires.speed import contenders
 from hires.speed.inputs import Inputs, rows, sample, turns
-from hires.speed.shapes import Shape, choose
+from hires.speed.shapes import Shape, choose, device_for
 from hires.speed.timing import Sensors, failure, milliseconds, rested
 
 COLUMNS = (
@@ -55,13 +55,7 @@ def check(device: str, shapes: Sequence[str], names: Sequence[str]) -> tuple[tor
     for name in names:
         if name not in allowed:
             raise unknown("backend", name, allowed)
-    if device not in ("cuda", "cpu"):
-        raise unknown("device", device, ("cuda", "cpu"))
-    if device == "cpu" and not all("tiny" in shape.name for shape in chosen):
-        raise HiresError("--device cpu measures --shapes tiny only: the others take hours there")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HiresError("no CUDA device: run it on a GPU, or try the command with --device cpu --shapes tiny")
-    return torch.device(device), chosen, list(names or allowed)
+    return device_for(chosen, device), chosen, list(names or allowed)
 
 
 def measure(

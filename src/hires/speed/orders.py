@@ -20,7 +20,7 @@ from hires_kernels.orders import ORDERS
 
 from hires.errors import HiresError
 from hires.speed.inputs import Inputs, make, turns
-from hires.speed.shapes import SHAPES, Shape, choose
+from hires.speed.shapes import SHAPES, Shape, choose, device_for
 from hires.speed.timing import milliseconds
 
 Row = dict[str, Any]
@@ -32,18 +32,17 @@ WARM_UP = 2  # calls before the counted one
 HEADER = f"{'shape':<17} {'order':<8} {'ms':>9} {'L2 GB':>8} {'DRAM GB':>8}"
 
 
-def check(shapes: Sequence[str], device: str, traffic: bool) -> list[Shape]:
-    """The layers that are meant; HiresError where one has no order, or what is needed isn't there."""
+def check(shapes: Sequence[str], device: str, traffic: bool) -> tuple[torch.device, list[Shape]]:
+    """The device and the layers that are meant; HiresError where one has no order, or what is needed isn't there."""
     chosen = choose(shapes or ["local-flux-*"])
     for shape in chosen:
         if shape.method != "local":
             allowed = ", ".join(name for name, shape in SHAPES.items() if shape.method == "local")
             raise HiresError(f"shape {shape.name}: neighborhood patch attention has no order: allowed: {allowed}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HiresError("no CUDA device: run it on a GPU")
+    place = device_for(chosen, device)
     if traffic and shutil.which("ncu") is None:
         raise HiresError("--traffic needs Nsight Compute: put ncu on the PATH, or leave the option out")
-    return chosen
+    return place, chosen
 
 
 def measure(shapes: Sequence[Shape], device: torch.device, repeats: int, traffic: bool) -> Iterator[Row]:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from hires_kernels import flops
 from hires_kernels.geometry import Grid
 
-from hires.errors import HiresError
+from hires.errors import HiresError, unknown
 
 # What of a layer is measured. "image": the image rows without text; "all": with text keys, and with text rows as they
 # are defined; "global": with the cheaper text rows; "layer": "all" with RMSNorm and RoPE before; "prologue": these two.
@@ -90,6 +91,17 @@ def choose(items: Sequence[str]) -> list[Shape]:
     if not items:
         return [shape for name, shape in SHAPES.items() if "tiny" not in name]
     return [shape for name, shape in SHAPES.items() if any(_fits(name, item) for item in items)]
+
+
+def device_for(shapes: Sequence[Shape], device: str) -> torch.device:
+    """The device "cuda" or "cpu". HiresError for another one, a GPU that isn't there, and a CPU but for tiny shapes."""
+    if device not in ("cuda", "cpu"):
+        raise unknown("device", device, ("cuda", "cpu"))
+    if device == "cpu" and not all("tiny" in shape.name for shape in shapes):
+        raise HiresError("--device cpu measures --shapes tiny only: the others take hours there")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HiresError("no CUDA device: run it on a GPU, or try the command with --device cpu --shapes tiny")
+    return torch.device(device)
 
 
 def _fits(name: str, item: str) -> bool:

@@ -84,7 +84,7 @@ def check(names: Sequence[str], device: str) -> list[str]:
         if name not in CANDIDATES:
             raise unknown("kernel", name, CANDIDATES)
     if device != "cuda" or not torch.cuda.is_available():
-        raise HiresError("hires speed tune measures on a GPU: there is no CUDA device here")
+        raise HiresError(f"--device {device}: hires speed tune measures on a CUDA device: run it on a GPU")
     return list(names or CANDIDATES)
 
 
