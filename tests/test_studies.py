@@ -191,11 +191,17 @@ def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, cap
     assert main(["promote", "costs", "--from", "results/cut"]) == 2
     assert "has no scores of cut: promote them first" in capsys.readouterr().err
     assert main(["promote", "results", "--from", "results/cut"]) == 0
-    scores = parquet.read_frame(Path("results/reference/metrics.parquet"))
+    scores, tests = (parquet.read_frame(Path(f"results/reference/{name}.parquet")) for name in ("metrics", "paired"))
     assert main(["promote", "costs", "--from", "results/cut"]) == 0
     promoted = parquet.read_frame(Path("results/reference/metrics.parquet"))
     kept = [table[~table["metric"].isin(["seconds", "peak_bytes"])] for table in (scores, promoted)]
     pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in kept))
+    for name, before in (("metrics", scores), ("paired", tests)):  # what wasn't measured stays
+        after = parquet.read_frame(Path(f"results/reference/{name}.parquet"))
+        assert len(before) == len(after)
+        others = [table[table["backbone"] == "tiny-sdxl"] for table in (before, after)]
+        assert "seconds" in set(others[0]["metric"])
+        pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in others))
     assert main(["metrics", "--config", "config.yaml"]) == 0
     for table in (promoted, parquet.read_frame(layout.metrics(config))):
         seconds = table[(table["metric"] == "seconds") & (table["backbone"] == "tiny-flux")].set_index("variant")

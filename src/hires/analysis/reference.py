@@ -59,7 +59,9 @@ def promote(source: Path, target: Path = REFERENCE) -> list[str]:
 def promote_costs(source: Path, target: Path = REFERENCE) -> list[str]:
     """Take what `hires costs` measured in a results folder, for studies that stand in `target`; returns these.
 
-    Rows of seconds and bytes are replaced. HiresError where nothing was measured, or no score of it was promoted.
+    Seconds and bytes of the image sets that were measured are replaced; of differences in these, all of a study and
+    backbone, as measured alone and beside others don't compare. HiresError where nothing was measured, or no score of
+    it was promoted.
     """
     from hires.config import load_config
     from hires.metrics.scores import TIDY, paired
@@ -69,16 +71,21 @@ def promote_costs(source: Path, target: Path = REFERENCE) -> list[str]:
     rows = costs.rows(config, config.image_sets())
     if rows.empty:
         raise HiresError(f"{source} holds no costs of this configuration: measure them first (hires costs)")
-    fresh = {"metrics.parquet": rows[TIDY], "paired.parquet": paired(rows)}
     table = target / "metrics.parquet"
     there = {study for name, study in studies(table) if name == config.name} if table.is_file() else set()
     taken = sorted(there & {*rows["study"]})
     if not taken:
         raise HiresError(f"{target} has no scores of {config.name}: promote them first (hires promote results)")
-    for name, table in fresh.items():
+    rows = rows[rows["study"].isin(taken)]
+    kinds = ["study", "backbone"]
+    fresh = {
+        "metrics.parquet": (rows[TIDY], [*kinds, "setting", "variant", "height", "width"]),
+        "paired.parquet": (paired(rows), kinds),
+    }
+    for name, (added, columns) in fresh.items():
         former = parquet.read_frame(target / name)
-        old = former["study"].isin(taken) & former["metric"].isin(costs.METRICS)
-        added = table[table["study"].isin(taken)]
+        places, measured = (pd.MultiIndex.from_frame(each[columns]) for each in (former, rows))
+        old = places.isin(measured) & former["metric"].isin(costs.METRICS)
         added.insert(0, "config", config.name)
         parquet.write_frame(target / name, pd.concat([former[~old], added], ignore_index=True)[former.columns])
     seal(target)
