@@ -36,29 +36,26 @@ def inputs(grid, batch=2, text=3, heads=2, dim=32, dtype=torch.float32, device="
 
 def own_part(image, rope, grid, window, edges, rank):
     """Query, key and value of a process's rows, and the rope of those that it sees."""
-    (first, last), width = band.band_of(edges, rank), grid[1]
-    low, high = seen_rows(grid[0], window[0], first, last)
-    own, seen = slice(first * width, last * width), slice(low * width, high * width)
+    share, width = band.shares(grid, window, edges)[rank], grid[1]
+    own, seen = slice(share.first * width, share.last * width), slice(share.low * width, share.high * width)
     return [x[:, own] for x in image], tuple(x[seen] for x in rope)
 
 
 def put_together(image, text, rope, grid, window, edges, backend):
     """All bands one after the other in one process, with rows of others cut out of the whole."""
     images, total, width = [], 0, grid[1]
-    for rank in range(len(edges) - 1):
-        (query, key, value), own_rope = own_part(image, rope, grid, window, edges, rank)
-        _, outer = band.rows_of_patches(grid[0], window[0], *band.band_of(edges, rank))
-        windows = [slice(patch.window * width, (patch.window + window[0]) * width) for patch in outer]
+    for rank, share in enumerate(band.shares(grid, window, edges)):
+        own, own_rope = own_part(image, rope, grid, window, edges, rank)
+        windows = [slice(patch.window * width, (patch.window + window[0]) * width) for patch in share.outer]
         fetched = [tuple(x[:, seen] for x in image[1:]) for seen in windows]
         found, later, part = band.attend(
-            query, key, value, text, own_rope, grid, window, edges, rank,
-            query.shape[-1] ** -0.5, backend, lambda fetched=fetched: fetched,
-        )  # fmt: skip
+            share, *own, text, own_rope, own[0].shape[-1] ** -0.5, backend, lambda fetched=fetched: fetched
+        )
         for place, rows in later:
             found[place] = rows
         images.append(found)
         total = total + part
-    return torch.cat(images, 1), total
+    return torch.cat(images, 1), total / -(-grid[0] // (window[0] // 2))
 
 
 def whole(image, text, rope, grid, window, backend="reference"):
@@ -108,8 +105,8 @@ def test_three_processes_exchange_what_they_need(tmp_path):
 def test_windows_at_an_inner_edge_are_not_moved_inwards():
     """What a band alone would have there: its last window, moved up, holds no row of the next band."""
     grid, window, edges = (16, 8), (8, 4), (0, 8, 16)
-    inner, outer = band.rows_of_patches(grid[0], window[0], 0, 8)
-    assert [patch.start for patch in inner] == [0] and [patch.start for patch in outer] == [4]
+    share = band.shares(grid, window, edges)[0]
+    assert [patch.start for patch in share.inner] == [0] and [patch.start for patch in share.outer] == [4]
     image, text, rope = inputs(grid)
     (query, key, value), own_rope = own_part(image, rope, grid, window, edges, 0)
     alone = whole((query, key, value), text, tuple(x[: 8 * 8] for x in own_rope), (8, 8), window)[0]

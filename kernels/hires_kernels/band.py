@@ -57,11 +57,13 @@ def band_attention(
         KernelError: the shapes don't fit.
     """
     check_edges(grid[0], window[0], edges)
-    first, last = band_of(edges, dist.get_rank())
-    low, high = seen_rows(grid[0], window[0], first, last)
-    for name, x, rows in (("query", query, last - first), ("rope", rope[0][None], high - low)):
-        if x.shape[1] != rows * grid[1]:
-            raise KernelError(f"{name} of {x.shape[1]} tokens: rows {first} … {last - 1} need {rows}x{grid[1]}")
+    own = shares(grid, window, edges)[dist.get_rank()]
+    for name, found, rows in (
+        ("query", query.shape[1], own.last - own.first),
+        ("rope", len(rope[0]), own.high - own.low),
+    ):
+        if found != rows * grid[1]:
+            raise KernelError(f"{name} of {found} tokens: rows {own.first} … {own.last - 1} need {rows}x{grid[1]}")
     return _band_attention(
         query, key, value, list(text), list(rope), list(grid), list(window), list(edges),
         query.shape[-1] ** -0.5 if scale is None else scale, backend,
@@ -76,26 +78,40 @@ def check_edges(height: int, window: int, edges: Sequence[int]) -> None:
         raise KernelError(f"edges {list(edges)} of {height} rows: bands are whole patches of {side} rows, 0 … {height}")
 
 
-def band_of(edges: Sequence[int], rank: int) -> tuple[int, int]:
-    """First row and last + 1 of a process."""
-    return edges[rank], edges[rank + 1]
+class Share:
+    """What a process has of an image: rows first … last − 1 of a grid, whole patches.
+
+    Attributes:
+        inner: rows of patches whose windows lie in the band, one after the other. Where the band ends inside the image
+            none of these windows is moved inwards: in a grid that is the band alone they are the same.
+        outer: the other rows of patches.
+        low, high: first row and last + 1 of all windows.
+    """
+
+    def __init__(self, grid: Grid, window: Grid, first: int, last: int) -> None:
+        self.width, self.window, self.first, self.last = grid[1], window, first, last
+        own = [patch for patch in patches(grid[0], window[0]) if first <= patch.start < last]
+        self.inner = [patch for patch in own if first <= patch.window and patch.window + window[0] <= last]
+        self.outer = [patch for patch in own if patch not in self.inner]
+        self.low, self.high = own[0].window, own[-1].window + window[0]
+
+    def tokens(self, start: int, stop: int) -> slice:
+        """Places of the rows start … stop − 1 of the grid among the band's tokens."""
+        return slice((start - self.first) * self.width, (stop - self.first) * self.width)
+
+    def held(self, patch: Patch) -> tuple[int, int]:
+        """First row and last + 1 of those of a patch's window that this band holds; none if the second isn't larger."""
+        return max(patch.window, self.first), min(patch.window + self.window[0], self.last)
+
+
+def shares(grid: Grid, window: Grid, edges: Sequence[int]) -> list[Share]:
+    return [Share(grid, window, first, last) for first, last in pairwise(edges)]
 
 
 def seen_rows(height: int, window: int, first: int, last: int) -> tuple[int, int]:
     """(first, last + 1) row of the keys that the query rows first … last − 1 see, whole patches from row `first`."""
-    inner, outer = rows_of_patches(height, window, first, last)
-    windows = [patch.window for patch in (*inner, *outer)]
-    return min(windows), max(windows) + window
-
-
-def rows_of_patches(height: int, window: int, first: int, last: int) -> tuple[list[Patch], list[Patch]]:
-    """A band's rows of patches: those whose windows lie in the band, one after the other, and those at inner edges.
-
-    Where bands end inside the image no window of the former is moved inwards: alone, a band has the same windows.
-    """
-    own = [patch for patch in patches(height, window) if first <= patch.start < last]
-    inner = [patch for patch in own if first <= patch.window and patch.window + window <= last]
-    return inner, [patch for patch in own if patch not in inner]
+    share = Share((height, 1), (window, 1), first, last)
+    return share.low, share.high
 
 
 @custom_op("hires::band_attention", mutates_args=())
@@ -111,8 +127,8 @@ def _band_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    width, rank = grid[1], dist.get_rank()
-    fetched, transfers = transfers_of(key, value, width, window[0], edges, rank)
+    rank, every = dist.get_rank(), shares((grid[0], grid[1]), (window[0], window[1]), edges)
+    fetched, transfers = transfers_of(key, value, every, rank)
     works = dist.batch_isend_irecv(transfers) if transfers else []
 
     def wait() -> list[Pair]:
@@ -120,10 +136,11 @@ def _band_attention(
             work.wait()
         return fetched
 
-    image, edge_rows, total = attend(query, key, value, text, rope, grid, window, edges, rank, scale, backend, wait)
+    image, later, total = attend(every[rank], query, key, value, text, rope, scale, backend, wait)
+    total /= ceil(grid[0] / (window[0] // 2))
     summing = dist.all_reduce(total, async_op=True)
-    for tokens, rows in edge_rows:
-        image[tokens] = rows
+    for place, rows in later:
+        image[place] = rows
     summing.wait()
     return image, total.to(text[0].dtype)
 
@@ -133,113 +150,96 @@ def _(query, key, value, text, *_):
     return query.new_empty(query.shape), text[0].new_empty(text[0].shape)
 
 
-def transfers_of(
-    key: Tensor, value: Tensor, width: int, window: int, edges: Sequence[int], rank: int
-) -> tuple[list[Pair], list[Any]]:
-    """What the rows of patches at inner edges see, (keys, values) each, and the transfers that complete it.
+def transfers_of(key: Tensor, value: Tensor, every: list[Share], rank: int) -> tuple[list[Pair], list[Any]]:
+    """Keys and values that the `outer` rows of patches of a process see, and the transfers that complete them.
 
     Own rows are there at once, other processes' come straight to their place: sample by sample, for a sample's rows lie
     together. Both sides list what they exchange in the same order.
     """
-    processes = range(len(edges) - 1)
-    outer = [rows_of_patches(edges[-1], window, *band_of(edges, process))[1] for process in processes]
-    fetched, transfers = [], []
-    for other in processes:
-        for patch in outer[other] if other != rank else ():
-            rows = _overlap(patch, window, band_of(edges, rank))
-            for x in (key, value) if rows else ():
-                sent = x[:, _tokens(rows, edges[rank], width)]
-                transfers += [dist.P2POp(dist.isend, sample.contiguous(), other) for sample in sent]
-    for patch in outer[rank]:
-        seen = (
-            key.new_empty(len(key), window * width, *key.shape[2:]),
-            value.new_empty(len(value), window * width, *value.shape[2:]),
-        )
-        for owner in processes:
-            rows = _overlap(patch, window, band_of(edges, owner))
-            for x, place in zip((key, value), seen) if rows else ():
-                part = place[:, _tokens(rows, patch.window, width)]
+    own, fetched, transfers = every[rank], [], []
+    for other, share in enumerate(every):
+        for patch in share.outer if other != rank else ():
+            start, stop = own.held(patch)
+            for x in (key, value) if start < stop else ():
+                rows = x[:, own.tokens(start, stop)]
+                transfers += [dist.P2POp(dist.isend, sample.contiguous(), other) for sample in rows]
+    for patch in own.outer:
+        shape = len(key), own.window[0] * own.width, *key.shape[2:]
+        seen = key.new_empty(shape), value.new_empty(shape)
+        for owner, share in enumerate(every):
+            start, stop = share.held(patch)
+            place = slice((start - patch.window) * own.width, (stop - patch.window) * own.width)
+            for x, windows in zip((key, value), seen) if start < stop else ():
                 if owner == rank:
-                    part.copy_(x[:, _tokens(rows, edges[rank], width)])
+                    windows[:, place] = x[:, own.tokens(start, stop)]
                 else:
-                    transfers += [dist.P2POp(dist.irecv, sample, owner) for sample in part]
+                    transfers += [dist.P2POp(dist.irecv, sample[place], owner) for sample in windows]
         fetched.append(seen)
     return fetched, transfers
-
-
-def _overlap(patch: Patch, window: int, band: tuple[int, int]) -> range:
-    return range(max(patch.window, band[0]), min(patch.window + window, band[1]))
-
-
-def _tokens(rows: range, first: int, width: int) -> slice:
-    return slice((rows.start - first) * width, (rows.stop - first) * width)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text: Sequence[Tensor],
-    rope: Sequence[Tensor],
-    grid: Sequence[int],
-    window: Sequence[int],
-    edges: Sequence[int],
-    rank: int,
-    scale: float,
-    backend: str,
-    wait: Callable[[], list[Pair]],
-) -> tuple[Tensor, list[tuple[Any, Tensor]], Tensor]:
-    """What one process computes: image rows, those at inner edges apart with their places, and its part of the text.
-
-    wait: gives keys and values of the rows of patches at inner edges, when all others are queued. The sum of all
-    processes' text parts, float32, is the mean over the patches.
-    """
-    problem = Problem("neighborhood_patch_attention", query.device, query.dtype, query.shape[-1])
-    module, width = choose(backend, problem), grid[1]
-    (first, last), side = band_of(edges, rank), window[0] // 2
-    inner, outer = rows_of_patches(grid[0], window[0], first, last)
-    low = seen_rows(grid[0], window[0], first, last)[0]
-    options: dict[str, Any] = {"window": tuple(window), "shift": None, "text_rows": "patch", "scale": scale}
-    image, edge_rows = torch.empty_like(query, memory_format=torch.contiguous_format), []
-    total = torch.zeros(text[0].shape, dtype=torch.float32, device=query.device)
-
-    def turned(rows: range) -> Pair:
-        cos, sin = (part[_tokens(rows, low, width)] for part in rope)
-        return cos, sin
-
-    def run(patch: Patch, keys: Tensor, values: Tensor) -> None:
-        """The patches of a row: their queries stand at the top of a grid that holds the windows and nothing else."""
-        seen = range(patch.window, patch.window + window[0])
-        place = _tokens(range(patch.start, patch.stop), first, width)
-        for sample in range(len(query)):
-            one = slice(sample, sample + 1)
-            found, text_rows = _row_of_patches(
-                module, query[one, place], keys[one], values[one], grid=(window[0], width),
-                text=tuple(x[one] for x in text), rope=turned(seen), **options,
-            )  # fmt: skip
-            edge_rows.append(((one, place), found[:, : place.stop - place.start]))
-            total[one] += text_rows
-
-    if inner and module in BY_ROWS:
-        image, text_rows = module.neighborhood_patch_attention(
-            query, key, value, grid=(last - first, width), text=tuple(text), rope=turned(range(first, last)),
-            rows=(inner[0].start - first, inner[-1].stop - first), spared=EXCHANGING, **options,
-        )  # fmt: skip
-        total += text_rows.float() * len(inner)
-    else:
-        for patch in inner:
-            seen = _tokens(range(patch.window, patch.window + window[0]), first, width)
-            run(patch, key[:, seen], value[:, seen])
-    for patch, (keys, values) in zip(outer, wait(), strict=True):
-        run(patch, keys, values)
-    return image, edge_rows, total / ceil(grid[0] / side)
 
 
 BY_ROWS = (fused, hopper)  # backends that run some rows of patches of a grid
 
 
+def attend(
+    share: Share,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text: Sequence[Tensor],
+    rope: Sequence[Tensor],
+    scale: float,
+    backend: str,
+    wait: Callable[[], list[Pair]],
+) -> tuple[Tensor, list[tuple[Any, Tensor]], Tensor]:
+    """What one process computes: image rows, then others with their places among these, and text.
+
+    The text is a sum over rows of patches, float32, of the means over each. `wait` gives the keys and values that the
+    `outer` rows of patches see; it is called when all others are queued.
+    """
+    module = choose(backend, Problem("neighborhood_patch_attention", query.device, query.dtype, query.shape[-1]))
+    options: dict[str, Any] = {"window": share.window, "shift": None, "text_rows": "patch", "scale": scale}
+    total = torch.zeros(text[0].shape, dtype=torch.float32, device=query.device)
+    later: list[tuple[Any, Tensor]] = []
+
+    def turned(start: int, stop: int) -> Pair:
+        cos, sin = (part[(start - share.low) * share.width : (stop - share.low) * share.width] for part in rope)
+        return cos, sin
+
+    def run(patch: Patch, keys: Tensor, values: Tensor) -> None:
+        place = share.tokens(patch.start, patch.stop)
+        turn = turned(patch.window, patch.window + share.window[0])
+        for sample in range(len(query)):
+            one = slice(sample, sample + 1)
+            rows, text_rows = _row_of_patches(
+                module, query[one, place], keys[one], values[one], grid=(share.window[0], share.width),
+                text=tuple(x[one] for x in text), rope=turn, **options,
+            )  # fmt: skip
+            later.append(((one, place), rows[:, : place.stop - place.start]))
+            total[one] += text_rows
+
+    if share.inner and module in BY_ROWS:
+        first, last = share.first, share.last
+        image, text_rows = module.neighborhood_patch_attention(
+            query, key, value, grid=(last - first, share.width), text=tuple(text), rope=turned(first, last),
+            rows=(share.inner[0].start - first, share.inner[-1].stop - first), spared=EXCHANGING, **options,
+        )  # fmt: skip
+        total += text_rows.float() * len(share.inner)
+    else:
+        image = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for patch in share.inner:
+            seen = share.tokens(patch.window, patch.window + share.window[0])
+            run(patch, key[:, seen], value[:, seen])
+    for patch, (keys, values) in zip(share.outer, wait(), strict=True):
+        run(patch, keys, values)
+    return image, later, total
+
+
 def _row_of_patches(module: ModuleType, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Pair:
-    """The row of patches at the top of a grid as high as the window; what follows them in the output is padding."""
+    """A row of patches that share their window's rows, `grid`: at its top. What follows them in the output is padding.
+
+    The grid has no other rows for windows, so that it doesn't matter where in it the queries stand.
+    """
     (height, width), side = options["grid"], options["window"][0] // 2
     rows = {"rows": (0, side)} if module in BY_ROWS else {}
     missing = (side if rows else height) * width - query.shape[1]
