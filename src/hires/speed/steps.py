@@ -23,7 +23,7 @@ from hires.variants import VARIANTS, Variant
 
 Row = dict[str, Any]
 PROMPT = "three red rings on a brick wall"
-VIEW_BATCHES = range(1, 9)  # views in one call that are tried, where they divide the number of views
+VIEW_BATCHES = range(1, 9)  # views in one call, where they divide the number of views
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def timed_step(backbone: Backbone, contender: Contender, side: int, repeats: int
 
 
 def best_view_batch(backbone: Backbone, side: int) -> tuple[int, dict[int, float]]:
-    """MultiDiffusion's fastest number of views in a call, of those that divide the number of views; seconds a view."""
+    """MultiDiffusion's faster number of views in a call, the least or the most of VIEW_BATCHES; seconds a view."""
     base = backbone.latent_size(backbone.base_resolution, backbone.base_resolution)
     count = len(views(backbone.latent_size(side, side), base))
     candidates = [n for n in VIEW_BATCHES if count % n == 0]

@@ -336,7 +336,7 @@ def shown(images: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-# figure, numerator, denominator, setting: "step" or that of images, goal, published
+# figure, numerator, denominator, setting: "step" or that of images
 RATIOS = (
     ("scalediff step, multidiffusion ÷ scalediff", "multidiffusion", "scalediff", "step"),
     ("scalediff step, dense ÷ scalediff", "dense", "scalediff", "step"),
