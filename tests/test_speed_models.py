@@ -234,6 +234,14 @@ def test_an_axis_has_figures_however_short_it_is(values):
     assert len(figures) >= 3 and all(float(figure) > 0 for figure in figures)
 
 
+@pytest.mark.parametrize("pair", [("dense", "scalediff"), ("scalediff-fp8", "scalediff-fast"), ("base-fp8", "base")])
+def test_lines_that_fall_together_are_both_seen(pair):
+    table = pd.DataFrame({"model": "flux-dev", "contender": pair, "size": 4096, "value": 1.0})
+    (place,) = against_size(table, "seconds").axes
+    below, above = sorted(place.lines, key=lambda line: line.get_zorder())
+    assert below.get_linewidth() > above.get_linewidth() and below.get_markersize() > above.get_markersize()
+
+
 def test_the_readme_says_what_was_promoted():
     text = (ROOT / "README.md").read_text()
     assert summary.in_readme(text, ROOT / "results" / "reference" / "speed") == text

@@ -8,17 +8,17 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from hires.figures.style import panels, save, style
 
-# contender -> colour, marker, as the variants have them
+# contender -> colour, marker, as the variants have them; width: the wide lie below, as lines can fall together
 LOOKS = {
-    "dense": ("#999933", "h"),
-    "multidiffusion": ("#882255", "D"),
-    "scalediff": ("#332288", "o"),
-    "scalediff-fp8": ("#6db6dc", "o"),
-    "scalediff-fast": ("#44aa99", "^"),
-    "scale-dit": ("#c9a227", "<"),
-    "attention-free": ("#8a8a8a", "s"),
-    "base": ("#000000", "*"),
-    "base-fp8": ("#6db6dc", "*"),
+    "dense": ("#999933", "h", 3.0),
+    "multidiffusion": ("#882255", "D", 1.5),
+    "scalediff": ("#332288", "o", 1.5),
+    "scalediff-fp8": ("#6db6dc", "o", 3.0),
+    "scalediff-fast": ("#44aa99", "^", 1.5),
+    "scale-dit": ("#c9a227", "<", 1.5),
+    "attention-free": ("#8a8a8a", "s", 0.75),
+    "base": ("#000000", "*", 1.5),
+    "base-fp8": ("#6db6dc", "*", 3.0),
 }
 
 
@@ -52,9 +52,16 @@ def against_size(table: pd.DataFrame, axis: str) -> Figure:
         for place, model in zip(axes[0], models, strict=True):
             group = table[table["model"] == model]
             for contender in [name for name in LOOKS if name in set(group["contender"])]:
-                colour, marker = LOOKS[contender]
+                colour, marker, width = LOOKS[contender]
                 one = group[group["contender"] == contender].sort_values("size")
-                (drawn[contender],) = place.plot(one["size"], one["value"].astype(float), color=colour, marker=marker)
+                look = {
+                    "color": colour,
+                    "marker": marker,
+                    "linewidth": width,
+                    "markersize": 3 + width,
+                    "zorder": 3 - width / 4,
+                }
+                (drawn[contender],) = place.plot(one["size"], one["value"].astype(float), **look)
             sizes = sorted(set(group["size"]))
             place.set(xscale="log", yscale="log", title=model, xlabel="side of the image, pixels")
             place.set_xticks(sizes, [str(size) for size in sizes])
