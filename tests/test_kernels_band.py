@@ -21,6 +21,8 @@ CASES = [  # grid, window, edges of the bands
     ((9, 3), (3, 3), (0, 4, 7, 9)),  # two rows of patches at an edge
 ]
 
+LARGE = {"grid": (256, 128), "text": 77, "heads": 8, "dim": 128, "dtype": torch.bfloat16}  # what two GPUs share
+
 
 def inputs(grid, batch=2, text=3, heads=2, dim=32, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(0)
@@ -85,14 +87,19 @@ def test_bands_of_the_gluon_kernel_make_the_whole(monkeypatch):
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=4e-3)
 
 
-def test_three_processes_exchange_what_they_need(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+def in_processes(count, folder, device):
+    """What every process stored: its band of each case."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     done = subprocess.run(
-        [*command, str(HERE / "bands_on_cpu.py"), str(tmp_path)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*command, str(HERE / "bands_in_processes.py"), str(folder), device],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    return [torch.load(folder / f"{rank}.pt", map_location=device) for rank in range(count)]
+
+
+def test_three_processes_exchange_what_they_need(tmp_path):
+    parts = in_processes(3, tmp_path, "cpu")
     for grid, window, _ in (case for case in CASES if len(case[2]) == 4):
         image, text, rope = inputs(grid)
         rows, text_rows = whole(image, text, rope, grid, window)
@@ -153,3 +160,15 @@ def test_bands_make_the_whole_on_a_gpu(backend, edges):
     found = put_together(image, text, rope, grid, window, edges, backend)
     assert torch.equal(found[0], rows)  # the same tiles in the same order
     assert (found[1] - text_rows.float()).norm() < 0.01 * text_rows.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_exchange_what_they_need(tmp_path):
+    parts = in_processes(2, tmp_path, "cuda")
+    image, text, rope = inputs(**LARGE, device="cuda")
+    rows, text_rows = whole(image, text, rope, LARGE["grid"], (64, 64), "auto")
+    first, second = (part[LARGE["grid"]] for part in parts)
+    assert torch.equal(torch.cat([first[0], second[0]], 1), rows)
+    assert torch.equal(first[1], second[1])
+    assert (first[1] - text_rows).float().norm() < 0.01 * text_rows.float().norm()

@@ -24,7 +24,7 @@ from hires_kernels.geometry import Grid, Patch, patches
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
-EXCHANGING = 4  # multiprocessors that NCCL's transfers between two devices have for themselves
+EXCHANGING = 4  # multiprocessors for NCCL's transfers alone
 
 
 def band_attention(
@@ -43,8 +43,8 @@ def band_attention(
     """`neighborhood_patch_attention` of an image by all processes of torch.distributed: (image rows, text).
 
     The image rows are those of this process's band; the text rows, means over all patches, are the same everywhere.
-    Called by all processes together. NCCL must have at most `EXCHANGING` channels (NCCL_MAX_P2P_NCHANNELS): kernels
-    leave it as many multiprocessors.
+    Called by all processes together. Kernels leave `EXCHANGING` multiprocessors to NCCL's transfers, which should take
+    no more (NCCL_MAX_P2P_NCHANNELS).
 
     Args:
         query, key, value: (batch, rows · width, heads, head_dim) of the band, query and key rotated.
