@@ -90,6 +90,23 @@ def test_is_the_definition(case, shifted, backend, device):
     check(backend, device, image, grid, window, text, rope=positions(grid, 64), shift=shift)
 
 
+@pytest.mark.parametrize(("backend", "device"), [INTERPRETER, TRITON])
+@pytest.mark.parametrize(
+    ("window", "patch", "shifted"),
+    [((4, 6), (4, 6), False), ((5, 8), (2, 3), True), ((7, 4), (1, 4), False), ((8, 8), (7, 2), True)],
+)
+def test_patches_of_another_side(window, patch, shifted, backend, device):
+    """Without overlap, with more of it than half, and with patches that lie off the middle by half a token."""
+    grid, generator = (9, 13), torch.Generator().manual_seed(sum(patch))
+    dtype = low_precision(device)
+    image = tensors(generator, 3, 2, grid[0] * grid[1], 1, 64, dtype=dtype)
+    text = tensors(generator, 3, 2, 5, 1, 64, dtype=dtype)
+    options = {"rope": positions(grid, 64), "patch": patch}
+    if shifted:
+        options["shift"] = torch.stack([torch.randint(0, side + 1, (2,), generator=generator) for side in patch], dim=1)
+    check(backend, device, image, grid, window, text, **options)
+
+
 @everywhere
 @pytest.mark.parametrize("seed", range(3))
 def test_random_geometry_and_strides(seed, backend, device):

@@ -70,8 +70,6 @@ def _triton(problem: Problem) -> str | None:
         return "Triton's interpreter has no bfloat16 products"
     if problem.head_dim not in HEAD_DIMS:
         return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
-    if problem.own_patches:
-        return PATCHES
     if problem.needs_grad and problem.operation != "local_attention":
         return "it has no backward pass"
     return None
@@ -88,6 +86,8 @@ def _gluon(problem: Problem) -> str | None:
         return f"it needs compute capability 9.0 (Hopper), got {torch.cuda.get_device_name(problem.device)}"
     if problem.head_dim == 32:
         return "it needs head_dim 64, 128, got 32"
+    if problem.own_patches:
+        return PATCHES
     return None
 
 

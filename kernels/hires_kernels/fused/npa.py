@@ -79,26 +79,27 @@ def _segment(
 
 
 @triton.jit
-def _place(patch, batch, patches, grid, window, shift):
-    """First row and column of a patch, before clipping, and of its window."""
-    row = patch // patches[1] * (window[0] // 2)
-    col = patch % patches[1] * (window[1] // 2)
+def _place(patch, batch, patches, grid, window, side, margin, shift):
+    """First row and column of a patch, before clipping, and of its window, which begins `margin` before."""
+    row = patch // patches[1] * side[0]
+    col = patch % patches[1] * side[1]
     if shift is not None:
         row -= tl.load(shift + batch * 2)
         col -= tl.load(shift + batch * 2 + 1)
-    window_row = tl.minimum(tl.maximum(row - window[0] // 4, 0), grid[0] - window[0])
-    window_col = tl.minimum(tl.maximum(col - window[1] // 4, 0), grid[1] - window[1])
+    window_row = tl.minimum(tl.maximum(row - margin[0], 0), grid[0] - window[0])
+    window_col = tl.minimum(tl.maximum(col - margin[1], 0), grid[1] - window[1])
     return row, col, window_row, window_col
 
 
 @triton.jit
 def _turn(
-    x, output, cos, sin, shift, walk, grid, window, patches, tokens, heads, DIM: tl.constexpr, ROWS: tl.constexpr
-):
+    x, output, cos, sin, shift, walk, grid, window, side, margin, patches, tokens, heads,
+    DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """output (batch, patches, tokens, heads, DIM): x (batch, tokens, heads, DIM) at the corner of each window."""
     patch = tl.program_id(0)
     batch = tl.program_id(2)
-    _, _, window_row, window_col = _place(patch, batch, patches, grid, window, shift)
+    _, _, window_row, window_col = _place(patch, batch, patches, grid, window, side, margin, shift)
     pair = tl.arange(0, DIM // 2)
     corner = (window_row * grid[1] + window_col).to(tl.int64) * DIM + 2 * pair
     turn_cos = tl.load(cos + corner).to(tl.float32)[None, :]
@@ -121,7 +122,7 @@ def _turn(
 def _attend(
     query, key, value, output, text_query, text_key, text_value, text_output, logsums, shift,
     query_walk, key_walk, value_walk, text_query_walk, text_key_walk, text_value_walk,
-    grid, window, patches, heads, text_tokens, image_tiles, text_tiles, items, scale,
+    grid, window, side, margin, patches, heads, text_tokens, image_tiles, text_tiles, items, scale,
     DIM: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     TURNED: tl.constexpr, MASK_IMAGE: tl.constexpr, MASK_TEXT: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -148,7 +149,7 @@ def _attend(
             window_row, window_col = row, col
             rows, text_keys = tl.minimum(window[0], grid[0] - row), tl.where(patch == 0, text_tokens, 0)
         else:
-            row, col, window_row, window_col = _place(patch, batch, patches, grid, window, shift)
+            row, col, window_row, window_col = _place(patch, batch, patches, grid, window, side, margin, shift)
             rows, text_keys = window[0] + patch * 0, text_tokens + patch * 0
 
         # where the queries of the tile are read and their outputs written
@@ -162,8 +163,8 @@ def _attend(
             result = text_output + (long_batch * count + patch) * text_tokens * heads * DIM
         else:
             first_row, first_col = tl.maximum(row, 0), tl.maximum(col, 0)
-            down = tl.maximum(tl.minimum(row + window[0] // 2, grid[0]) - first_row, 0)
-            across = tl.maximum(tl.minimum(col + window[1] // 2, grid[1]) - first_col, 0)
+            down = tl.maximum(tl.minimum(row + side[0], grid[0]) - first_row, 0)
+            across = tl.maximum(tl.minimum(col + side[1], grid[1]) - first_col, 0)
             if tile * QUERIES >= down * across:  # nothing of this patch is left, or all of it is padding
                 rows, text_keys = rows * 0, text_keys * 0
             place += tile * QUERIES
@@ -305,6 +306,7 @@ def neighborhood_patch_attention(
     shift: Tensor | None,
     text_rows: str,
     scale: float,
+    patch: Grid | None = None,
     rows: tuple[int, int] | None = None,
     spared: int = 0,
     run: Callable[..., None] | None = None,
@@ -322,7 +324,7 @@ def neighborhood_patch_attention(
     query, key, value = (channels_together(x) for x in (query, key, value))
     image = new_like(query)
     shift = None if shift is None else shift.to(query.device, torch.int32)
-    patches = Patches(grid, window, count(grid, window, shift), shift)
+    patches = tiling(grid, window, shift, patch)
     if rows is not None:  # the grid of patches, moved down
         down = query.new_zeros(len(query), 2, dtype=torch.int32)
         down[:, 0] = -rows[0]
@@ -348,12 +350,27 @@ def neighborhood_patch_attention(
 
 @dataclass(frozen=True)
 class Patches:
-    """The tiling of one call: how many patches along each axis, and the offsets of random shifting."""
+    """The tiling of one call: how many patches along each axis, and the offsets of random shifting.
+
+    Patches of an own `side` lie in the middle of their windows (`hires_kernels.geometry.patches`).
+    """
 
     grid: Grid
     window: Grid
     count: Grid
     shift: Tensor | None
+    own: Grid | None = None
+
+    @property
+    def side(self) -> Grid:
+        return self.own or (self.window[0] // 2, self.window[1] // 2)
+
+    @property
+    def margin(self) -> Grid:
+        """Of a window before its patch."""
+        if self.own is None:
+            return self.window[0] // 4, self.window[1] // 4
+        return (self.window[0] - self.own[0]) // 2, (self.window[1] - self.own[1]) // 2
 
     def shape(self, text: Tensor) -> tuple[int, ...]:
         """(batch, patches, text tokens, heads, head_dim)."""
@@ -370,10 +387,11 @@ def channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def count(grid: Grid, window: Grid, shift: Tensor | None) -> Grid:
-    """Patches along each axis; random shifting adds one."""
-    rows, cols = (ceil(length / (side // 2)) + (shift is not None) for length, side in zip(grid, window))
-    return rows, cols
+def tiling(grid: Grid, window: Grid, shift: Tensor | None, side: Grid | None) -> Patches:
+    """All patches of a grid; random shifting adds one along each axis."""
+    sides = side or (window[0] // 2, window[1] // 2)
+    rows, cols = (ceil(length / one) + (shift is not None) for length, one in zip(grid, sides))
+    return Patches(grid, window, (rows, cols), shift, side)
 
 
 def turn(x: Tensor, rope: tuple[Tensor, Tensor] | None, patches: Patches) -> Tensor:
@@ -385,8 +403,8 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor] | None, patches: Patches) -> Ten
     cos, sin = (part.contiguous() for part in rope)
     rows = 32
     _turn[(output.shape[1], ceil(tokens * heads / rows), batch)](
-        x, output, cos, sin, patches.shift, x.stride()[:3], patches.grid, patches.window, patches.count, tokens, heads,
-        DIM=dim, ROWS=rows, num_warps=4,
+        x, output, cos, sin, patches.shift, x.stride()[:3], patches.grid, patches.window, patches.side, patches.margin,
+        patches.count, tokens, heads, DIM=dim, ROWS=rows, num_warps=4,
     )  # fmt: skip
     return output
 
@@ -439,7 +457,7 @@ def attend(
     if text is None:
         pointers, walks = [*pointers, None, None], walks + walks
 
-    image_tiles = 0 if output is None else ceil(window[0] // 2 * (window[1] // 2) / config.queries)
+    image_tiles = 0 if output is None else ceil(patches.side[0] * patches.side[1] / config.queries)
     text_tiles = 0 if text_output is None else ceil(text_tokens / config.queries)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     ragged = logsums is not None and grid[0] % window[0] != 0
@@ -448,7 +466,8 @@ def attend(
         query, *pointers[:2], query if output is None else output,
         text_query, *pointers[2:], query if text_output is None else text_output, logsums, patches.shift,
         query.stride()[:3], *walks[:2], text_query.stride()[:3], *walks[2:],
-        grid, window, patches.count, heads, text_tokens, image_tiles, text_tiles, items, scale * LOG2_E,
+        grid, window, patches.side, patches.margin, patches.count, heads, text_tokens, image_tiles, text_tiles, items,
+        scale * LOG2_E,
         DIM=dim, QUERIES=config.queries, ROWS=tile[0], COLS=tile[1], TURNED=turned,
         MASK_IMAGE=bool(window[0] % tile[0] or window[1] % tile[1]) or ragged,
         MASK_TEXT=text_tokens % config.keys != 0, TMA=tma,
