@@ -268,6 +268,8 @@ def test_the_notebook_runs_on_the_parts(measured, tmp_path, monkeypatch):
         (["--config", "nowhere.yaml"], "configuration nowhere.yaml does not exist"),
         (["--device", "tpu"], "--device tpu: allowed: cuda, cpu"),
         (["tables", "--out", "nowhere"], "no measured part: run `hires speed`"),
+        (["tune", "--shapes", "sdxl1"], "--shapes means nothing to hires speed tune: allowed: --device, --kernels"),
+        (["kernels", "--plan"], "--plan means nothing to hires speed kernels"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch):

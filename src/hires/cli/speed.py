@@ -22,13 +22,22 @@ from typing import Any
 
 from hires.errors import HiresError
 
-WHAT = ("models", "tables", "accuracy", "kernels", "orders", "tune")
+OPTIONS = {  # of what is measured, besides --device
+    "models": ("out", "config", "parts", "plan", "force"),
+    "tables": ("out",),
+    "accuracy": ("out", "config", "images"),
+    "kernels": ("out", "shapes", "backends", "repeats", "rest", "accuracy"),
+    "orders": ("shapes", "repeats", "traffic"),
+    "tune": ("kernels", "repeats", "write"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", nargs="?", default="models", choices=WHAT, help="what is measured (default: models)")
-    parser.add_argument("--device", default=None, help="cuda or cpu (default: cuda; for models, what there is)")
+    parser.add_argument("what", nargs="?", default="models", choices=OPTIONS, help="what is measured (default: models)")
+    parser.add_argument(
+        "--device", default=None, help="cuda or cpu (default: cuda; for models and accuracy, what there is)"
+    )
     parser.add_argument("--out", type=Path, help="folder (default: results/speed); of kernels: the CSV")
     models = parser.add_argument_group("models")
     models.add_argument("--config", type=Path, default=Path("config/speed.yaml"), help="default: config/speed.yaml")
@@ -49,9 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--repeats", type=int, default=50, help="calls of each, fewer beyond 3 seconds (default: 50)")
     kernels.add_argument("--rest", action="store_true", help="also the fastest 5 calls in a row after 2 idle seconds")
     kernels.add_argument("--accuracy", action="store_true", help="also the error of sampled rows against float64")
+    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    used = OPTIONS[args.what]
+    for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+        if name not in used and getattr(args, name) != args.parser.get_default(name):
+            allowed = ", ".join(f"--{name}" for name in ("device", *used))
+            raise HiresError(f"--{name} means nothing to hires speed {args.what}: allowed: {allowed}")
     if args.what in ("kernels", "orders", "tune"):
         _kernels(args)
     elif args.what == "accuracy":
