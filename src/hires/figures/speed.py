@@ -30,7 +30,8 @@ def draw(folder: Path, rows: pd.DataFrame, images: pd.DataFrame) -> None:
 
 def figures(rows: pd.DataFrame, images: pd.DataFrame) -> dict[str, Figure]:
     """Seconds a step and an image, memory, FLOP and time per token against size, of what was measured."""
-    measured = rows[(rows["kind"] == "steps") & (rows["what"] == "step")]
+    alike = (rows["kind"] == "steps") | ((rows["kind"] == "largest") & rows["compiled"])
+    measured = rows[alike & (rows["what"] == "step")]
     tokens = measured.assign(value=measured["seconds"].astype(float) / (measured["size"] // 16) ** 2 * 1e6)
     found = {
         "speed-steps": (measured.assign(value=measured["seconds"]), "seconds a step"),
@@ -64,7 +65,8 @@ def against_size(table: pd.DataFrame, axis: str) -> Figure:
                 (drawn[contender],) = place.plot(one["size"], one["value"].astype(float), **look)
             sizes = sorted(set(group["size"]))
             place.set(xscale="log", yscale="log", title=model, xlabel="side of the image, pixels")
-            place.set_xticks(sizes, [str(size) for size in sizes])
+            doubled = [size for size in sizes if (size // sizes[0]).bit_count() == 1 and size % sizes[0] == 0]
+            place.set_xticks(doubled, [str(size) for size in doubled])  # the largest ones lie close together
             place.minorticks_off()
             low, high = place.get_ylim()
             place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))

@@ -269,7 +269,7 @@ def _tiled(vae: Callable[[str], Row], backbone: Backbone, what: str, side: int |
 
 def _largest(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
     """One ScaleDiff step and the VAE at growing sizes, until memory is short."""
-    backbone = _loaded(part, speed, model, device, compiled=False)
+    backbone = _loaded(part, speed, model, device)
     for side in model.largest:
         step = partial(steps.timed_step, backbone, CONTENDERS["scalediff"], side, 1, speed.patience)
         row = _tried("step", "scalediff", step)

@@ -131,7 +131,7 @@ def footnote(rows: pd.DataFrame) -> str:
     def distinct(name: str) -> str:
         return ", ".join(sorted({str(x)[:9] if name == "commit" else str(x) for x in rows[name].dropna()}))
 
-    how = "blocks compiled" if rows["compiled"].all() else "eager"
+    how = "blocks compiled" if rows.loc[rows["kind"] != "largest", "compiled"].all() else "eager"
     dirty = " with changes" if rows["dirty"].fillna(False).any() else ""
     what = "random weights" if rows["gpu"].all() else "tiny architectures on a CPU: they say nothing about the methods"
     return (
