@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hires.execution.oom import described, exhausted
+
 WARM_UP = 2
 CACHE = 2**28  # bytes that push everything out of a cache: five times the L2 of an H200
 SECONDS = 3.0  # spent on one measurement at most, but for FEWEST calls
@@ -122,7 +124,9 @@ class Sensors:
 
 
 def failure(error: Exception) -> str:
-    """Kind and first line of an exception: the reason why there is no time."""
+    """Kind and first line of an exception, or how much memory was lacking: the reason why there is no time."""
+    if exhausted(error):
+        return described(error)
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first.strip()}"
 
