@@ -205,6 +205,13 @@ def test_images_are_sums_of_their_parts(on_gpu):
     assert found.loc[(4096, "scale-dit step, dense ÷ scale-dit"), "published"] == "2.29"
 
 
+def test_a_part_that_was_cut_is_named(on_gpu):
+    path = on_gpu / "parts" / "flux-dev-4096.json"
+    assert "cut" not in summary.footnote(summary.measurements(on_gpu))
+    write_json(path, read_json(path) | {"complete": False})
+    assert summary.footnote(summary.measurements(on_gpu)).endswith("random weights; cut short: flux-dev-4096")
+
+
 def test_an_image_without_all_its_parts_has_no_row(on_gpu):
     (on_gpu / "parts" / "flux-dev-2048.json").unlink()
     images = summary.composed(summary.measurements(on_gpu))

@@ -126,7 +126,7 @@ def _measurements(files: list[Path]) -> Iterator[Row]:
 
 
 def footnote(rows: pd.DataFrame) -> str:
-    """What everything was measured on."""
+    """What everything was measured on, and which parts were cut short."""
 
     def distinct(name: str) -> str:
         return ", ".join(sorted({str(x)[:9] if name == "commit" else str(x) for x in rows[name].dropna()}))
@@ -134,9 +134,10 @@ def footnote(rows: pd.DataFrame) -> str:
     how = "blocks compiled" if rows.loc[rows["kind"] != "largest", "compiled"].all() else "eager"
     dirty = " with changes" if rows["dirty"].fillna(False).any() else ""
     what = "random weights" if rows["gpu"].all() else "tiny architectures on a CPU: they say nothing about the methods"
+    cut = ", ".join(sorted(set(rows.loc[~rows["complete"], "part"])))
     return (
         f"{distinct('device')}; torch {distinct('torch')}, triton {distinct('triton')}; commit {distinct('commit')}"
-        f"{dirty}; {how}, {what}"
+        f"{dirty}; {how}, {what}" + (f"; cut short: {cut}" if cut else "")
     )
 
 
