@@ -1,10 +1,16 @@
 # What `hires speed` measures: a job for each part, one after the other on a GPU of its own.
 
+from hires.execution.devices import gpus
 from hires.speed.settings import load_speed, parts, root
 
 SPEED = load_speed(Path("config/speed.yaml"))
-SPEED_ROOT = root(bool(GPUS))
-SPEED_PARTS = [part.name for part in parts(SPEED.models if GPUS else SPEED.without_gpu)]
+SPEED_GPUS = len(gpus())  # whatever compute.device says, as for `hires speed`
+SPEED_ROOT = root(SPEED_GPUS > 0)
+SPEED_PARTS = [
+    part.name
+    for part in parts(SPEED.models if SPEED_GPUS else SPEED.without_gpu)
+    if part.kind != "gpus" or SPEED_GPUS != 1  # on CPUs two processes take the place of two GPUs
+]
 
 
 rule speed_part:
@@ -18,7 +24,7 @@ rule speed_part:
         ENVIRONMENT
     threads: workflow.cores
     resources:
-        gpu=GPUS,
+        gpu=min(SPEED_GPUS, 1),
     params:
         version=VERSIONS["speed"],
     message:

@@ -91,6 +91,14 @@ def test_targets(folder):
     assert set(jobs(snakemake(folder, "report", *small))) >= {*images, "notebook", "html_report"} - {"images"}
 
 
+@pytest.mark.parametrize(("visible", "divided"), [("0", []), ("0,1", ["flux-dev"]), ("", ["tiny-flux"])])
+def test_a_machine_with_one_gpu_is_not_asked_for_two(folder, monkeypatch, visible, divided):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = snakemake(folder, "-n", "speed", "--config", "compute={device: cpu}")
+    assert jobs(done)["speed_tables"] == 1
+    assert re.findall(r"Speed: (\S+)-gpus", done.stdout + done.stderr) == divided
+
+
 def test_all_outputs_are_ignored_by_git(folder):
     done = snakemake(folder, "--summary", "--configfile", "config/smoke.yaml")
     outputs = [line.split("\t")[0] for line in done.stdout.splitlines()[1:]]
