@@ -35,7 +35,10 @@ def figures(rows: pd.DataFrame, images: pd.DataFrame) -> dict[str, Figure]:
     tokens = measured.assign(value=measured["seconds"].astype(float) / (measured["size"] // 16) ** 2 * 1e6)
     found = {
         "speed-steps": (measured.assign(value=measured["seconds"]), "seconds a step"),
-        "speed-images": (images[images["setting"] == "equal steps"].assign(value=lambda x: x["seconds"]), "seconds"),
+        "speed-images": (
+            images[images["setting"] == "equal steps"].assign(value=lambda x: x["seconds"]),
+            "seconds an image",
+        ),
         "speed-memory": (measured.assign(value=measured["peak_bytes"].astype(float) / 2**30), "peak memory, GiB"),
         "speed-flop": (measured.assign(value=measured["flop"].astype(float) / 1e12), "TFLOP a step, counted"),
         "speed-tokens": (tokens, "µs a token of 16×16 pixels"),
