@@ -33,9 +33,9 @@ def run(
 ) -> int:
     """Measure the image sets that aren't yet, of some `backbones` and `studies` or of all; how many are missing.
 
-    A set is measured in its first prompts, BATCH at a time (or the configuration's batch, if that is smaller): once to
-    warm up, then REPEATS times, base and decoding included. Nothing is kept of the images. `seconds`: after these no
-    set is begun. Declared output, per image set: `layout.costs`.
+    A set is measured on one batch, its first BATCH prompts (or the configuration's batch size, if that is smaller):
+    once to warm up, then REPEATS times, base and decoding included. Nothing is kept of the images. `seconds`: after
+    these no set is begun. Declared output, per image set: `layout.costs`.
     """
     for name in backbones or ():
         if name not in config.backbones:
@@ -52,16 +52,15 @@ def run(
     ]
     if not layout.prompts(config).is_file():
         prompts.run(config)
-    with locked_device(config.compute.device) as device, shards.told(f"costs {config.name}", len(todo)) as made:
+    with locked_device(config.compute.device) as device:
         clock = Clock(seconds)
-        for images in todo:
+        for done, images in enumerate(todo):
             kind = images.backbone, images.variant, images.size
             if clock.over(kind):
-                break
+                return len(todo) - done
             with clock.timed(kind):
                 write_json(layout.costs(config, images), _measure(config, images, device))
-            made.append(1)
-        return len(todo) - len(made)
+    return 0
 
 
 def _measured(config: Config, images: ImageSet) -> bool:
