@@ -203,7 +203,8 @@ def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, cap
         others = [table[table["backbone"] == "tiny-sdxl"] for table in (before, after)]
         assert "seconds" in set(others[0]["metric"])
         pd.testing.assert_frame_equal(*(table.reset_index(drop=True) for table in others))
-    assert main(["metrics", "--config", "config.yaml"]) == 0
+    assert main(["run", "--config", "config.yaml"]) == 0
+    assert main(["verify", "results/cut"]) == 0
     for table in (promoted, parquet.read_frame(layout.metrics(config))):
         seconds = table[(table["metric"] == "seconds") & (table["backbone"] == "tiny-flux")].set_index("variant")
         for made in measured:

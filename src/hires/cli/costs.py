@@ -1,7 +1,8 @@
 """Measure seconds and memory of image sets, one after the other, in batches of which nothing is kept.
 
-Let nothing else run on the machine meanwhile. `hires metrics` then takes these in place of what the images took while
-they were made, and `hires promote costs --from results/<config>` into scores that were promoted before.
+Let nothing else run on the machine meanwhile. `hires run` (or `hires metrics`) then takes these in place of what the
+images took while they were made, and `hires promote costs --from results/<config>` into scores that were promoted
+before.
 """
 
 import argparse

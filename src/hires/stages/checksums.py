@@ -33,7 +33,7 @@ def outputs(config: Config) -> list[Path]:
     ]
     kept = [
         *(layout.reference_crops(config, height, width) for height, width, _ in sizes),
-        *(layout.crops(config, images) for images in sets),
+        *(place(config, images) for place in (layout.crops, layout.costs) for images in sets),
         layout.collected(config),
     ]
     return [

@@ -90,7 +90,8 @@ def _run(config: Config, clock: Clock, backbones: Sequence[str]) -> bool:
         return False
     tables = [layout.metrics(config), layout.paired(config)]
     scored = [layout.scores(config, made) for made in config.image_sets() if made not in missing]
-    if missing or _old(tables, [changed, *scored], "metrics" in other):
+    measured = [file for made in config.image_sets() if (file := layout.costs(config, made)).is_file()]
+    if missing or _old(tables, [changed, *scored, *measured], "metrics" in other):
         metrics.run(config, partial=True)
     provenance.run(config, partial=bool(missing))
     if missing:
