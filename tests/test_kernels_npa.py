@@ -90,21 +90,26 @@ def test_is_the_definition(case, shifted, backend, device):
     check(backend, device, image, grid, window, text, rope=positions(grid, 64), shift=shift)
 
 
-@pytest.mark.parametrize(("backend", "device"), [INTERPRETER, TRITON])
-@pytest.mark.parametrize(
+OWN_PATCHES = pytest.mark.parametrize(  # no overlap, more than half of it, patches half a token off the middle
     ("window", "patch", "shifted"),
     [((4, 6), (4, 6), False), ((5, 8), (2, 3), True), ((7, 4), (1, 4), False), ((8, 8), (7, 2), True)],
 )
-def test_patches_of_another_side(window, patch, shifted, backend, device):
-    """Without overlap, with more of it than half, and with patches that lie off the middle by half a token."""
+
+
+def check_own_patches(backend, device, dtype, window, patch, shifted):
     grid, generator = (9, 13), torch.Generator().manual_seed(sum(patch))
-    dtype = low_precision(device)
     image = tensors(generator, 3, 2, grid[0] * grid[1], 1, 64, dtype=dtype)
     text = tensors(generator, 3, 2, 5, 1, 64, dtype=dtype)
     options = {"rope": positions(grid, 64), "patch": patch}
     if shifted:
         options["shift"] = torch.stack([torch.randint(0, side + 1, (2,), generator=generator) for side in patch], dim=1)
     check(backend, device, image, grid, window, text, **options)
+
+
+@everywhere
+@OWN_PATCHES
+def test_patches_of_another_side(window, patch, shifted, backend, device):
+    check_own_patches(backend, device, low_precision(device), window, patch, shifted)
 
 
 @everywhere
@@ -191,6 +196,16 @@ def test_the_text_of_the_gluon_kernel(case, launch, first, monkeypatch):
     )
     with launches.trying("npa_gluon", dim, CPU, launches.launch("npa_gluon", dim, CPU) | launch):
         check("triton", CPU, image, grid, window, text, rope=positions(grid, dim), shift=shift, text_rows=text_rows)
+
+
+@OWN_PATCHES
+@pytest.mark.parametrize("launch", [TWO, FOUR])
+def test_the_gluon_kernel_takes_patches_of_another_side(window, patch, shifted, launch, monkeypatch):
+    module = gluon_on_cpu.interpret("hires_kernels.hopper.npa", monkeypatch, seed=1)
+    run = partial(npa.neighborhood_patch_attention, run=module.attend)
+    monkeypatch.setattr(fused, "neighborhood_patch_attention", run)
+    with launches.trying("npa_gluon", 64, CPU, launches.launch("npa_gluon", 64, CPU) | launch):
+        check_own_patches("triton", CPU, torch.float16, window, patch, shifted)
 
 
 class Observed:

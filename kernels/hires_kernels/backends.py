@@ -86,8 +86,6 @@ def _gluon(problem: Problem) -> str | None:
         return f"it needs compute capability 9.0 (Hopper), got {torch.cuda.get_device_name(problem.device)}"
     if problem.head_dim == 32:
         return "it needs head_dim 64, 128, got 32"
-    if problem.own_patches:
-        return PATCHES
     return None
 
 

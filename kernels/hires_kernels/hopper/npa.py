@@ -51,7 +51,7 @@ def _item(item, shift, shape, SHIFTED: gl.constexpr):
 
     Past the end it is the last one again: what is loaded ahead for it is not used.
     """
-    listed, grid, window, patches, heads, _, _, _, image_tiles, text_tiles, items = shape
+    listed, grid, window, side, margin, patches, heads, _, _, _, image_tiles, text_tiles, items = shape
     item = _number(gl.minimum(item, items - 1), listed)
     tiles = image_tiles + text_tiles
     count = patches[0] * patches[1]
@@ -59,17 +59,17 @@ def _item(item, shift, shape, SHIFTED: gl.constexpr):
     patch = item // tiles % count
     head = item // (tiles * count) % heads
     batch = item // (tiles * count * heads)
-    row = patch // patches[1] * (window[0] // 2)
-    col = patch % patches[1] * (window[1] // 2)
+    row = patch // patches[1] * side[0]
+    col = patch % patches[1] * side[1]
     if SHIFTED:
         row -= gl.load(shift + batch * 2)
         col -= gl.load(shift + batch * 2 + 1)
-    window_row = gl.minimum(gl.maximum(row - window[0] // 4, 0), grid[0] - window[0])
-    window_col = gl.minimum(gl.maximum(col - window[1] // 4, 0), grid[1] - window[1])
+    window_row = gl.minimum(gl.maximum(row - margin[0], 0), grid[0] - window[0])
+    window_col = gl.minimum(gl.maximum(col - margin[1], 0), grid[1] - window[1])
     # the part of the patch inside the grid
     first_row, first_col = gl.maximum(row, 0), gl.maximum(col, 0)
-    down = gl.maximum(gl.minimum(row + window[0] // 2, grid[0]) - first_row, 0)
-    across = gl.maximum(gl.minimum(col + window[1] // 2, grid[1]) - first_col, 0)
+    down = gl.maximum(gl.minimum(row + side[0], grid[0]) - first_row, 0)
+    across = gl.maximum(gl.minimum(col + side[1], grid[1]) - first_col, 0)
     return batch, head, patch, tile, window_row, window_col, first_row, first_col, down, across
 
 
@@ -79,7 +79,7 @@ def _steps(tile, down, across, shape, QUERIES: gl.constexpr):
 
     Called where they are needed: Triton 3.6 takes for dead what a loop carries for the bound of an inner loop alone.
     """
-    _, _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
+    _, _, _, _, _, _, _, _, image_steps, text_steps, image_tiles, _, _ = shape
     padding = (tile < image_tiles) & (tile * QUERIES >= down * across)
     return gl.where(padding, 1, image_steps), gl.where(padding, 0, text_steps)
 
@@ -105,7 +105,7 @@ def _produce(
     KEYS: gl.constexpr = ROWS * COLS
     BYTES: gl.constexpr = KEYS * DIM * 2
     key_walk, value_walk, text_key_walk, text_value_walk = walks
-    _, _, window, patches, _, _, _, _, _, _, items = shape
+    _, _, window, _, _, patches, _, _, _, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     if FREE_TOGETHER:
         k_free = v_free
@@ -158,7 +158,7 @@ def _fetch_queries(
 ):  # fmt: skip
     """Begin to copy the 64 query rows of one warpgroup into shared memory."""
     query_walk, text_query_walk = walks
-    _, grid, _, patches, _, text_tokens, _, _, image_tiles, _, _ = shape
+    _, grid, _, _, _, patches, _, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = tile_of_queries.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     place = GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -282,7 +282,7 @@ def _write(
     QUERIES: gl.constexpr, STAGED: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Rows of one warpgroup to where they belong, if `wanted`. STAGED: by way of the item's own queries, whole rows."""
-    _, grid, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
+    _, grid, _, _, _, patches, heads, text_tokens, _, _, image_tiles, _, _ = shape
     DIM: gl.constexpr = outputs.shape[1]
     if STAGED:
         queries.store(outputs)
@@ -313,7 +313,7 @@ def _consume(
     """One of two warpgroups. First scores of an item are issued together with the last values of the one before it."""
     query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
     q_tiles, k_tiles, v_tiles, barriers, turns = rest[9:]
-    listed, _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    listed, _, window, _, _, _, _, text_tokens, image_steps, _, _, _, items = shape
     k_ready, k_free, v_ready, v_free = barriers
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -504,7 +504,7 @@ def _consume_in_turn(
     """One of four warpgroups, which overlap with each other alone: scores and weights share their registers."""
     query, output, text_query, text_output, shift, walks, shape, scale, again = rest[:9]
     q_tiles, k_tiles, v_tiles, barriers, _ = rest[9:]
-    listed, _, window, _, _, text_tokens, image_steps, _, _, _, items = shape
+    listed, _, window, _, _, _, _, text_tokens, image_steps, _, _, _, items = shape
     KEYS: gl.constexpr = ROWS * COLS
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -599,7 +599,7 @@ def _attend(
     fence_async_shared()
 
     if AGAIN:
-        shape = (again,) + shape[1:10] + (gl.load(again),)  # noqa: RUF005 (Gluon has no starred tuples)
+        shape = (again,) + shape[1:12] + (gl.load(again),)  # noqa: RUF005 (Gluon has no starred tuples)
     barriers = (k_ready, k_free, v_ready, v_free)
     rest = (
         query, output, text_query, text_output, shift, query_walks, shape, scale, again,
@@ -687,12 +687,12 @@ def attend(
     if text is None:
         pointers, walks = pointers + pointers, walks + walks
 
-    image_tiles = ceil(window[0] // 2 * (window[1] // 2) / queries)
+    image_tiles = ceil(patches.side[0] * patches.side[1] / queries)
     text_tiles = 0 if text_output is None else ceil(text_tokens / queries)
     items = batch * heads * patches.count[0] * patches.count[1] * (image_tiles + text_tiles)
     image_steps, text_steps = ceil(window[0] / tile[0]) * ceil(window[1] / tile[1]), ceil(text_tokens / keys)
-    sizes = grid, window, patches.count, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles
-    shape = None, *sizes, items
+    places = grid, window, patches.side, patches.margin, patches.count
+    shape = None, *places, heads, text_tokens, image_steps, text_steps, image_tiles, text_tiles, items
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count - spared)
     watching.launched("hopper.npa", queries=queries, keys=keys, **launch, tile=list(tile), programs=programs)
     again, passes = None, [(True, False)]
