@@ -33,5 +33,5 @@ def test_npa_compiles_for_hopper(case, backend, compiled):
     assert figures["wgmma"] > 0 and figures["tma"] > 0 and not figures["serialised"]
     assert figures["shared"] <= SHARED_MEMORY
     outside_the_loop = backend.startswith("gluon") and case.startswith("FLUX")
-    assert figures["spills"] == 0 or (outside_the_loop and figures["spills"] < 64)
+    assert figures["spills"] == 0 or (outside_the_loop and figures["spills"] <= 64)
     assert figures["stale"] == 0
