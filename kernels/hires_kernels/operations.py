@@ -276,12 +276,13 @@ def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> None
 
 
 def _check_alike(*tensors: Tensor) -> None:
-    kinds, places = {x.dtype for x in tensors}, {x.device for x in tensors}
+    kinds = {x.dtype for x in tensors}
     if len(kinds) > 1 or not tensors[0].is_floating_point():
         given = ", ".join(sorted(str(kind) for kind in kinds))
         raise KernelError(f"tensors of {given}: must share one floating-point dtype")
-    if len(places) > 1:
-        raise KernelError(f"tensors on {', '.join(sorted(map(str, places)))}: must be on one device")
+    if any(x.device != tensors[0].device for x in tensors):
+        places = ", ".join(sorted({str(x.device) for x in tensors}))
+        raise KernelError(f"tensors on {places}: must be on one device")
 
 
 def _check_text(query: Tensor, text: Sequence[Tensor] | None, names: Sequence[str] = ("query", "key", "value")) -> None:
