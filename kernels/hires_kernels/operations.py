@@ -44,7 +44,7 @@ def neighborhood_patch_attention(
         rope: (cos, sin) of the image tokens, each (height · width, head_dim), in FLUX's layout. Text queries and
             keys of a patch are rotated to the top-left token of the patch's window. None: text is not rotated.
         patch: side of the query patches, or (rows, columns), 1 … window; half the window by default. Patches of another
-            side lie in the middle of their windows, and only "sdpa" and "reference" run them.
+            side lie in the middle of their windows; "flex" runs none of these.
         shift: integer tensor (batch, 2), (row, column) offsets in 0 … patch, best kept on the CPU. The grid
             of patches moves back by the offset and gains one patch an axis (appendix B.1). Padding has no key and
             no output, but each patch counts in the mean of the text rows, one that holds only padding as well:
