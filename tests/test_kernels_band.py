@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hires_kernels import KernelError, band, hopper, seen_rows
+from hires_kernels.backends import BACKENDS
 
 HERE = Path(__file__).parent
 CASES = [  # grid, window, edges of the bands
@@ -51,7 +52,13 @@ def put_together(image, text, rope, grid, window, edges, backend):
         windows = [slice(patch.window * width, (patch.window + window[0]) * width) for patch in share.outer]
         fetched = [tuple(x[:, seen] for x in image[1:]) for seen in windows]
         found, later, part = band.attend(
-            share, *own, text, own_rope, own[0].shape[-1] ** -0.5, backend, lambda fetched=fetched: fetched
+            share,
+            *own,
+            text,
+            own_rope,
+            own[0].shape[-1] ** -0.5,
+            BACKENDS[backend].module,
+            lambda fetched=fetched: fetched,
         )
         for place, rows in later:
             found[place] = rows

@@ -112,6 +112,10 @@ def test_a_process_that_fails_ends_all_with_one_line(capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", "") or os.pathsep.join(sys.path))
     assert parallel.launch(2, ["plan", "--config", "nowhere.yaml"]) == 2
     assert capfd.readouterr().err.count("\n") == 1
+    arguments = ["generate", "--prompt", "a red disc", "--size", "256", "--device", "cpu", "--gpus", "2"]
+    assert main([*arguments, "--set", "attention_backend=gluon"]) == 2
+    told = capfd.readouterr().err
+    assert "backend 'gluon' can't run" in told and "Traceback" not in told
 
 
 def test_an_encoder_is_not_shared_where_a_convolution_reads_each_tile_at_once(monkeypatch):

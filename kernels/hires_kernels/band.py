@@ -127,6 +127,8 @@ def _band_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    problem = Problem("neighborhood_patch_attention", query.device, query.dtype, query.shape[-1])
+    module = choose(backend, problem)  # refused by all processes, before one waits for another
     rank, every = dist.get_rank(), shares((grid[0], grid[1]), (window[0], window[1]), edges)
     fetched, transfers = transfers_of(key, value, every, rank)
     works = dist.batch_isend_irecv(transfers) if transfers else []
@@ -136,7 +138,7 @@ def _band_attention(
             work.wait()
         return fetched
 
-    image, later, total = attend(every[rank], query, key, value, text, rope, scale, backend, wait)
+    image, later, total = attend(every[rank], query, key, value, text, rope, scale, module, wait)
     total /= ceil(grid[0] / (window[0] // 2))
     summing = dist.all_reduce(total, async_op=True)
     for place, rows in later:
@@ -189,7 +191,7 @@ def attend(
     text: Sequence[Tensor],
     rope: Sequence[Tensor],
     scale: float,
-    backend: str,
+    module: ModuleType,
     wait: Callable[[], list[Pair]],
 ) -> tuple[Tensor, list[tuple[Any, Tensor]], Tensor]:
     """What one process computes: image rows, then others with their places among these, and text.
@@ -197,7 +199,6 @@ def attend(
     The text is a sum over rows of patches, float32, of the means over each. `wait` gives the keys and values that the
     `outer` rows of patches see; it is called when all others are queued.
     """
-    module = choose(backend, Problem("neighborhood_patch_attention", query.device, query.dtype, query.shape[-1]))
     options: dict[str, Any] = {"window": share.window, "shift": None, "text_rows": "patch", "scale": scale}
     total = torch.zeros(text[0].shape, dtype=torch.float32, device=query.device)
     later: list[tuple[Any, Tensor]] = []

@@ -62,10 +62,13 @@ class BandLayer:
         check_call("npa", self.layer, tokens, attention_mask)
 
     def __call__(self, query, key, value, text=None, rope=None):
-        return hires_kernels.band_attention(
-            query, key, value, grid=self.grid, window=self.window, edges=self.edges,
-            text=text, rope=self.rope, backend=self.backend,
-        )  # fmt: skip
+        try:
+            return hires_kernels.band_attention(
+                query, key, value, grid=self.grid, window=self.window, edges=self.edges,
+                text=text, rope=self.rope, backend=self.backend,
+            )  # fmt: skip
+        except hires_kernels.KernelError as error:
+            raise HiresError(f"{self.layer.name}: {error}") from error
 
 
 @contextmanager
