@@ -21,14 +21,15 @@ def tables(tokens, dim):
 
 
 def npa(backend):
-    """Text and masks (more items than multiprocessors), no text, and a shift with patches past the edge."""
-    for dim, grid, window, text, shift, forms in (
-        (128, (24, 20), (8, 10), 77, None, ("patch", "global")),
-        (64, (16, 16), (8, 8), None, None, ("patch",)),
-        (64, (11, 13), (5, 7), 3, torch.tensor([[1, 2], [0, 3]]), ("patch",)),
+    """Text and masks (more items than multiprocessors), no text, and shifts with patches past the edge, of any side."""
+    for dim, grid, window, patch, text, shift, forms in (
+        (128, (24, 20), (8, 10), None, 77, None, ("patch", "global")),
+        (64, (16, 16), (8, 8), None, None, None, ("patch",)),
+        (64, (11, 13), (5, 7), None, 3, torch.tensor([[1, 2], [0, 3]]), ("patch",)),
+        (64, (11, 13), (5, 7), (4, 7), 3, torch.tensor([[4, 2], [0, 7]]), ("patch",)),
     ):
         image, words = draw(3, 2, grid[0] * grid[1], dim), None if text is None else draw(3, 2, text, dim)
-        options = {"grid": grid, "window": window, "text": words, "shift": shift, "backend": backend}
+        options = {"grid": grid, "window": window, "patch": patch, "text": words, "shift": shift, "backend": backend}
         for text_rows in forms:
             neighborhood_patch_attention(*image, rope=tables(len(image[0][0]), dim), text_rows=text_rows, **options)
 
