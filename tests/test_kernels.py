@@ -255,6 +255,7 @@ def test_masks_in_parts_change_nothing(monkeypatch):
     options = {"grid": (12, 17), "radius": 2, "text": text, "guidance": guidance, "guidance_grid": (3, 4)}
     whole = local_attention(query, key, value, **options, backend="sdpa")
     monkeypatch.setattr(sdpa, "MASK_ELEMENTS", 2000)
+    monkeypatch.setattr(sdpa, "_kept_local_plan", sdpa._local_plan)
     same(local_attention(query, key, value, **options, backend="sdpa"), whole)
 
 
@@ -471,3 +472,25 @@ def test_importing_the_kernels_imports_torch_only():
     heavy = ("diffusers", "transformers", "hires", "triton")
     report = f"print([name for name in {heavy} if name in sys.modules])"
     assert printed(f"import sys, hires_kernels; {report}") == printed(f"import sys, torch; {report}")
+
+
+def test_lists_of_tokens_are_kept(monkeypatch):
+    """Made once for a geometry, in inference mode as well, and gradients go through them all the same."""
+    from hires_kernels import sdpa
+
+    generator = torch.Generator().manual_seed(5)
+    image = [torch.randn(1, 10 * 14, 2, 8, generator=generator) for _ in range(3)]
+
+    def run(tensors):
+        npa, _ = neighborhood_patch_attention(*tensors, grid=(10, 14), window=(4, 6), backend="sdpa")
+        local, _ = local_attention(*tensors, grid=(10, 14), radius=3, backend="sdpa")
+        return npa, local
+
+    with torch.inference_mode():
+        first = run(image)
+    monkeypatch.setattr(sdpa, "_npa_axis", None)
+    monkeypatch.setattr(sdpa, "_local_axis", None)
+    again = run([x.requires_grad_() for x in image])
+    assert all(map(torch.equal, first, again))
+    sum(x.sum() for x in again).backward()
+    assert all(x.grad.abs().sum() > 0 for x in image)
