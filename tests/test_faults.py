@@ -405,7 +405,7 @@ backbone = models.load(config("refuse"), "flux", "cpu")
 hires.generate(backbone, "a red disc", "direct", height=256, width=256, num_inference_steps=1)
 for megabytes, stage in (
     (30, lambda config: base.run(config, "flux", latents.name, 0)),
-    (64, lambda config: images.run(config, "large", "flux", 512, 512, 0)),
+    (88, lambda config: images.run(config, "large", "flux", 512, 512, 0)),
     (64, lambda config: config.compute.out_of_memory == "refuse" and hires.generate(
         backbone, ["a red disc"] * 2, "direct", height=512, width=512, num_inference_steps=1)),
 ):
