@@ -1,10 +1,5 @@
 """Bands of rows on several processes: put together they are the whole operation."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import gluon_on_cpu
 import hires_kernels
 import pytest
@@ -12,8 +7,8 @@ import torch
 import torch.distributed as dist
 from hires_kernels import KernelError, band, hopper, seen_rows
 from hires_kernels.backends import BACKENDS
+from processes import in_processes
 
-HERE = Path(__file__).parent
 CASES = [  # grid, window, edges of the bands
     ((16, 8), (8, 4), (0, 8, 16)),
     ((24, 8), (8, 4), (0, 4, 16, 24)),  # a band of one row of patches, and one whose windows lie in it but at both ends
@@ -94,19 +89,8 @@ def test_bands_of_the_gluon_kernel_make_the_whole(monkeypatch):
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=4e-3)
 
 
-def in_processes(count, folder, device):
-    """What every process stored: its band of each case."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*command, str(HERE / "bands_in_processes.py"), str(folder), device],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt", map_location=device) for rank in range(count)]
-
-
 def test_three_processes_exchange_what_they_need(tmp_path):
-    parts = in_processes(3, tmp_path, "cpu")
+    parts = in_processes("bands_in_processes.py", 3, tmp_path, "cpu")
     for grid, window, _ in (case for case in CASES if len(case[2]) == 4):
         image, text, rope = inputs(grid)
         rows, text_rows = whole(image, text, rope, grid, window)
@@ -172,7 +156,7 @@ def test_bands_make_the_whole_on_a_gpu(backend, edges):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_exchange_what_they_need(tmp_path):
-    parts = in_processes(2, tmp_path, "cuda")
+    parts = in_processes("bands_in_processes.py", 2, tmp_path, "cuda")
     image, text, rope = inputs(**LARGE, device="cuda")
     rows, text_rows = whole(image, text, rope, LARGE["grid"], (64, 64), "auto")
     first, second = (part[LARGE["grid"]] for part in parts)

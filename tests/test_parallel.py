@@ -1,15 +1,14 @@
 """One image on several devices: the latents and pixels of one process, here with gloo on the CPU."""
 
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from processes import in_processes
 
 from hires import load
 from hires.attention import bands
@@ -20,7 +19,6 @@ from hires.execution import parallel
 from hires.settings import Sampling
 from hires.variants import VARIANTS
 
-HERE = Path(__file__).parent
 SAMPLING = Sampling.of(num_inference_steps=2, tau=500, vae_tiling=True)
 
 
@@ -36,24 +34,13 @@ def made(device):
     return found
 
 
-def in_processes(count, folder, device="cpu"):
-    """What every process stored; the run must end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*command, str(HERE / "divided_on_cpu.py"), str(folder), device],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
-
-
 @pytest.fixture(scope="module")
 def alone():
     return made("cpu")
 
 
 def test_three_processes_make_the_same(alone, tmp_path):
-    for found in in_processes(3, tmp_path):
+    for found in in_processes("divided_on_cpu.py", 3, tmp_path):
         for one, other in zip(found, alone, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
@@ -62,7 +49,7 @@ def test_three_processes_make_the_same(alone, tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_make_the_same(tmp_path):
     alone = made("cuda")
-    first, second = in_processes(2, tmp_path, "cuda")
+    first, second = in_processes("divided_on_cpu.py", 2, tmp_path, "cuda")
     for one, twin, other in zip(first, second, alone, strict=True):
         assert torch.equal(one, twin)
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # float32, but other tiles of matrix products
