@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import hires
-from hires.cli import main
+from hires.cli import COMMANDS, main
 from hires.errors import HiresError
+from hires.settings import Sampling
 from hires.variants import VARIANTS, Variant
 
 FAST = {"num_inference_steps": 2, "tau": 500}
@@ -181,3 +182,30 @@ def test_wrong_arguments_are_told_before_torch_is_imported():
     wrong = ["generate", "--prompt", "a cone", "--variant", "npa+sq"]
     done = subprocess.run([sys.executable, "-c", command, *wrong], capture_output=True, text=True)
     assert done.returncode == 0 and "did you mean 'npa+sg'" in done.stderr
+
+
+def test_public_names_are_there_for_completion():
+    command = "import hires; assert {*dir(hires)} == {*hires.__all__}; [getattr(hires, name) for name in dir(hires)]"
+    subprocess.run([sys.executable, "-c", command], check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_defaults_where_there_are_any(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "usage: hires" in told
+    assert not any(f"(default: {nothing}" in told for nothing in ("None", "False", "[", "inf"))
+    if command == "run":
+        assert "(default: config/config.yaml)" in told
+
+
+def test_help_of_generate_lists_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    listed = {
+        line.split()[0]
+        for line in capsys.readouterr().out.partition("settings of --set")[2].splitlines()[1:]
+        if line[2:3].strip()
+    }
+    assert listed >= {*Sampling.model_fields}

@@ -54,7 +54,7 @@ def generate(
     Args:
         backbone: from `hires.load` or `Backbone.from_pipeline`.
         prompt: one or several; they are made together, yet each as if alone.
-        variant: a name of `hires.variants.VARIANTS`, or a Variant of your own.
+        variant: a name of `hires.variants.VARIANTS`, or a `hires.Variant` of your own.
         height, width: the target in pixels; `hires.sizes` says which are allowed.
         seed: one for all prompts, or one each. The i-th image of a prompt has the seed + i.
         image: your own, in the place of the base image; its aspect ratio must be the target's.

@@ -17,26 +17,26 @@ from hires.errors import HiresError, redacted, unknown
 COMMANDS = {
     "generate": "make images from a prompt, or from your own image",
     "show": "how an image came to be, or make it once more",
-    "verify": "whether results are as they were made",
     "doctor": "what this machine offers, and what to mend",
     "plan": "what a configuration will make, and about how long it takes",
+    "run": "make everything of a configuration in this process, without Snakemake",
+    "verify": "whether results are as they were made",
+    "collect": "bring together scores that several machines made",
     "prompts": "stage: draw the prompts of a configuration",
     "references": "stage: the reference images of a configuration",
     "base": "stage: one shard of base latents",
     "images": "stage: one shard of images",
     "features": "stage: features of image sets, or of references",
     "scores": "stage: scores of image sets",
-    "costs": "measure seconds and memory of image sets, one at a time",
     "metrics": "stage: collect scores, intervals and paired tests into one tidy table",
     "notebook": "stage: run one notebook on the results of a configuration",
     "report": "stage: the HTML report of a configuration",
     "provenance": "stage: what made the results of a configuration",
     "checksums": "stage: SHA-256 of everything that a configuration made",
-    "run": "run every stage of a configuration in this process, without Snakemake",
-    "collect": "bring together scores that several machines made",
-    "train": "train the embedded models, or an adapter for Scale-DiT",
+    "costs": "measure seconds and memory of a configuration's image sets, one at a time",
     "speed": "measure steps, images and attention kernels on this machine's GPU",
     "memory": "measure seconds and memory of whole images on this machine's GPU",
+    "train": "train the embedded models, or an adapter for Scale-DiT",
     "promote": "copy finished models, scores and measurements into the tracked tree",
 }
 
@@ -44,7 +44,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit code 0, or 2 with one line on stderr for bad input (1: a fault of ours)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog="hires", description=__doc__.splitlines()[0])
+    parser = _Parser(
+        prog="hires",
+        description="4K and 8K images from the diffusion models you already have, and the reproduction of two papers.",
+        epilog="`hires COMMAND --help` says what a command takes. `hires run` runs every stage in its order.",
+    )
     parser.add_argument("--version", action="version", version=f"hires {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = _Parser(
             prog=f"hires {argv[0]}",
             description=(module.__doc__ or COMMANDS[argv[0]]).strip(),
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         module.add_arguments(sub)
         return module.run(sub.parse_args(argv[1:], argparse.Namespace(argv=argv))) or 0
@@ -84,3 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(str(HiresError(message)))
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Paragraphs of a description stay apart, indented ones as they are; a default is told where there is one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(part if part[0] == " " else fill(part, width, indent) for part in text.split("\n\n"))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        given = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        unstated = action.nargs == 0 or action.required or given in ("None", "", "inf")
+        return text if unstated or "default" in text else f"{text} (default: {given})"

@@ -1,14 +1,16 @@
 """Make an image from a prompt, or from your own image, and write it as a PNG that carries its parameters.
 
-Example: hires generate --model tiny-flux --prompt "three red rings on a brick wall" --size 512 --out rings.png
+hires generate --model tiny-flux --prompt "three red rings on a brick wall" --size 512 --out rings.png
 """
 
 import argparse
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from hires.errors import HiresError, unknown
+from hires.settings import PRESETS, Sampling
 from hires.variants import VARIANTS, variant
 
 if TYPE_CHECKING:
@@ -32,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the image's seed, 0 or more")
     parser.add_argument("--images", type=int, default=1, help="how many, with the seeds from --seed on: <out>-<seed>")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a sampling setting, e.g. tau=300; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting, listed below; e.g. tau=300; repeatable",
     )
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="PNG to write")
     parser.add_argument("--all-stages", action="store_true", help="also write every stage, as <out>-<stage>.png")
@@ -76,6 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--preset", help="fast: 8-bit linear layers, cheaper text rows, extrapolated steps; --set goes over it"
     )
+    parser.epilog = (
+        f"settings of --set, where the default is the model's own or as config/README.md says:\n\n{_settings_help()}"
+    )
+
+
+def _settings_help() -> str:
+    """A line for each sampling setting, for a terminal of 80 columns."""
+    lines = [f"{name:<22}{field.description}" for name, field in Sampling.model_fields.items()]
+    return "\n".join(fill(line, 79, initial_indent="  ", subsequent_indent=" " * 24) for line in lines)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -103,8 +118,6 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
     """The settings given beside the preset, as text."""
-    from hires.settings import PRESETS, Sampling
-
     if args.preset not in (None, *PRESETS):
         raise unknown("preset", args.preset, PRESETS)
     given = parse_settings(args.set)
@@ -157,7 +170,6 @@ def _make(
     from hires.execution import parallel
     from hires.files.storage import sha256
     from hires.generation import Request
-    from hires.settings import Sampling
 
     def sampled(backbone: Backbone) -> Sampling:
         return Sampling.of(**{**backbone.preset(args.preset), **settings})
