@@ -1,4 +1,4 @@
-"""Compile the kernels of neighborhood patch attention for sm_90, no GPU needed; print a line of figures for each.
+"""Compile the kernels of neighborhood patch attention and of images for sm_90, no GPU needed; a line for each.
 
 Run it alone, without TRITON_INTERPRET: `python tests/compile_for_hopper.py`.
 """
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 import triton
 from hires_kernels import launches
-from hires_kernels.fused import npa
+from hires_kernels.fused import images, npa
 from hires_kernels.hopper import npa as hopper
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -100,6 +100,16 @@ def main():
             kernels = [kernel for function, kernel in compiled if function.__name__ == "_attend"]
             for name, kernel in zip((backend, "gluon, again"), kernels):
                 print(json.dumps({"case": case, "backend": name} | figures(kernel)))
+    for channels, dtype in ((128, torch.bfloat16), (512, torch.bfloat16), (256, torch.float32), (24, torch.float16)):
+        compiled.clear()
+        x, values = torch.empty(1, channels, 64, 64, dtype=dtype), torch.empty(channels, dtype=dtype)
+        images.group_norm(
+            x, groups=8 if channels == 24 else 32, weight=values, bias=values, eps=1e-6, silu=True, shift=values
+        )
+        images.add_bias(x, x, bias=values)
+        for function, kernel in compiled:
+            case = f"{channels} channels, {dtype}"
+            print(json.dumps({"case": case, "kernel": function.__name__} | figures(kernel)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from functools import partial
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # or reads past a tensor land in the same block
 
 import torch
-from hires_kernels import local_attention, neighborhood_patch_attention, qk_norm_rope
+from hires_kernels import add_bias, group_norm, local_attention, neighborhood_patch_attention, qk_norm_rope
 
 CUDA = torch.device("cuda")
 
@@ -50,8 +50,17 @@ def prologue():
         qk_norm_rope(*image, weight, tables(24, 128), text=text, places=places, backend="triton")
 
 
+def images():
+    """Several chunks, the last one short, and channels of no power of two."""
+    for channels, dtype in ((24, torch.float16), (64, torch.bfloat16)):
+        x, values = torch.randn(2, channels, 50, 51).to(CUDA, dtype), torch.ones(channels, device=CUDA, dtype=dtype)
+        for shift in (None, values):
+            group_norm(x, 8, values, values, silu=True, shift=shift, backend="triton")
+        add_bias(x, x, values, backend="triton")
+
+
 if __name__ == "__main__":
-    for run in (prologue, partial(npa, "triton"), partial(npa, "gluon"), local):
+    for run in (prologue, images, partial(npa, "triton"), partial(npa, "gluon"), local):
         run()
         torch.cuda.synchronize()
         print(run, flush=True)

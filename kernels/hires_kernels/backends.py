@@ -18,7 +18,7 @@ from hires_kernels.errors import KernelError
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend's decision may depend on."""
+    """What a backend's decision may depend on; for operations on images `head_dim` is the number of channels."""
 
     operation: str
     device: torch.device
@@ -46,7 +46,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope")
+ON_IMAGES = ("group_norm", "add_bias")  # any number of channels, no heads
+TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope", *ON_IMAGES)
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 PATCHES = "its query patches have half the window's side"
@@ -63,12 +64,12 @@ def _triton(problem: Problem) -> str | None:
         return "there is no CUDA device"
     if problem.device.type == "cuda" and torch.cuda.get_device_capability(problem.device) < (8, 0):
         return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_name(problem.device)}"
-    float32_too = interpreted() or problem.operation == "qk_norm_rope"  # which has no products
+    float32_too = interpreted() or not problem.operation.endswith("attention")  # the others have no products
     if problem.dtype not in DTYPES and not (float32_too and problem.dtype == torch.float32):
         return f"it needs float16 or bfloat16, got {str(problem.dtype).removeprefix('torch.')}"
     if problem.dtype == torch.bfloat16 and interpreted() and problem.operation.endswith("attention"):
         return "Triton's interpreter has no bfloat16 products"
-    if problem.head_dim not in HEAD_DIMS:
+    if problem.operation not in ON_IMAGES and problem.head_dim not in HEAD_DIMS:
         return f"it needs head_dim {', '.join(map(str, HEAD_DIMS))}, got {problem.head_dim}"
     if problem.needs_grad and problem.operation != "local_attention":
         return "it has no backward pass"

@@ -30,7 +30,7 @@ def _problem(operation: str, query: Tensor, needs_grad: bool, own_patches: bool 
     return Problem(operation, query.device, query.dtype, query.shape[-1], needs_grad, own_patches)
 
 
-def _chosen(backend: str, problem: Problem) -> ModuleType:
+def chosen(backend: str, problem: Problem) -> ModuleType:
     """`choose`, and tell it to those who watch."""
     module = choose(backend, problem)
     name = next(name for name, entry in backends.BACKENDS.items() if entry.module is module)
@@ -115,7 +115,7 @@ def neighborhood_patch_attention(
 ) -> tuple[Tensor, Tensor]:
     if shift is not None:
         _check_shift(shift, patch or [side // 2 for side in window])
-    module = _chosen(backend, _problem("neighborhood_patch_attention", query, needs_grad, bool(patch)))
+    module = chosen(backend, _problem("neighborhood_patch_attention", query, needs_grad, bool(patch)))
     with _without_autocast(query):
         image, text_output = module.neighborhood_patch_attention(
             query,
@@ -233,7 +233,7 @@ def local_attention(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _chosen(backend, _problem("local_attention", query, needs_grad))
+    module = chosen(backend, _problem("local_attention", query, needs_grad))
     options = {
         "grid": tuple(grid),
         "form": form,
@@ -357,7 +357,7 @@ def qk_norm_rope(
     backend: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = _chosen(backend, _problem("qk_norm_rope", query, needs_grad))
+    module = chosen(backend, _problem("qk_norm_rope", query, needs_grad))
     with _without_autocast(query):
         image_query, image_key, text_query, text_key = module.qk_norm_rope(
             query,

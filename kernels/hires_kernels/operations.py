@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hires_kernels import library
+from hires_kernels.backends import Problem
 from hires_kernels.errors import KernelError
 from hires_kernels.geometry import Grid
 from hires_kernels.orders import ORDERS
@@ -231,6 +232,60 @@ def qk_norm_rope(
     return outputs if text is not None else (outputs[0], outputs[1], None, None)
 
 
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """GroupNorm (Wu and He 2018), and SiLU if asked, of images (batch, channels, height, width), channels last.
+
+    torch's `group_norm(x + shift, groups, weight, bias, eps)`, in one pass over x for the sums and one for the result.
+
+    Args:
+        x: any strides; what is not channels last is copied first.
+        groups: of as many channels each, next to each other.
+        weight, bias: (channels,).
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        shift: (channels,), added to x: the bias of the convolution before, which then needs no pass of its own.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Raises:
+        KernelError: the shapes or the backend don't fit.
+    """
+    _check_channels(x, weight=weight, bias=bias, shift=shift)
+    if groups < 1 or x.shape[1] % groups:
+        raise KernelError(f"{x.shape[1]} channels in {groups} groups: must be as many in each")
+    inputs = [y for y in (x, weight, bias, shift) if y is not None]
+    module = library.chosen(backend, Problem("group_norm", x.device, x.dtype, x.shape[1], _needs_grad(*inputs)))
+    return module.group_norm(x, groups=groups, weight=weight, bias=bias, eps=eps, silu=silu, shift=shift)
+
+
+def add_bias(x: Tensor, y: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """x + y + bias in one pass: what ends a residual block whose last convolution left its bias out. Channels last.
+
+    Args:
+        x, y: images (batch, channels, height, width), any strides.
+        bias: (channels,).
+        backend: "auto" or a name in `BACKENDS`.
+
+    Raises:
+        KernelError: the shapes or the backend don't fit.
+    """
+    _check_channels(x, bias=bias)
+    if x.shape != y.shape:
+        raise KernelError(f"images of shapes {tuple(x.shape)} and {tuple(y.shape)}: must be the same")
+    _check_alike(x, y)
+    problem = Problem("add_bias", x.device, x.dtype, x.shape[1], _needs_grad(x, y, bias))
+    return library.chosen(backend, problem).add_bias(x, y, bias=bias)
+
+
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -254,6 +309,15 @@ def _check_rope(rope: Pair, query: Tensor) -> None:
     _check_pair("rope", rope, (query.shape[1], query.shape[3]))
     if query.shape[3] % 2:
         raise KernelError(f"head_dim {query.shape[3]}: rope turns pairs of channels: must be even")
+
+
+def _check_channels(x: Tensor, **values: Tensor | None) -> None:
+    if x.ndim != 4 or min(x.shape) < 1:
+        raise KernelError(f"x of shape {tuple(x.shape)}: must be (batch, channels, height, width), each at least 1")
+    for name, value in values.items():
+        if value is not None and value.shape != x.shape[1:2]:
+            raise KernelError(f"{name} of shape {tuple(value.shape)}: must be ({x.shape[1]},), one for each channel")
+    _check_alike(x, *(value for value in values.values() if value is not None))
 
 
 def _check_name(kind: str, given: str, allowed: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import rms_norm
 
 from hires_kernels.geometry import Grid, Spans, local_side, local_spans, patches
@@ -154,3 +155,14 @@ def qk_norm_rope(
     else:
         texts = rotated([x[:, None] for x in texts], *(part[places][:, None, None] for part in rope))
     return image[0], image[1], texts[0], texts[1]
+
+
+def group_norm(
+    x: Tensor, *, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None
+) -> Tensor:
+    y = functional.group_norm(x if shift is None else x + shift[:, None, None], groups, weight, bias, eps)
+    return (functional.silu(y) if silu else y).contiguous(memory_format=torch.channels_last)
+
+
+def add_bias(x: Tensor, y: Tensor, *, bias: Tensor) -> Tensor:
+    return (x + y + bias[:, None, None]).contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hires_kernels.geometry import Grid, Intervals, local_spans, patches
 from hires_kernels.orders import inverse, permutation
-from hires_kernels.reference import qk_norm_rope as qk_norm_rope  # nothing to gather
+from hires_kernels.reference import add_bias as add_bias  # nothing to gather, here and in the next two
+from hires_kernels.reference import group_norm as group_norm
+from hires_kernels.reference import qk_norm_rope as qk_norm_rope
 from hires_kernels.rope import rotate
 
 Triple = tuple[Tensor, Tensor, Tensor]

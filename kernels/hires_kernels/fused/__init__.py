@@ -31,3 +31,15 @@ def local_attention_backward(*tensors: Tensor, **options) -> list[Tensor]:
     from hires_kernels.fused import local
 
     return local.local_attention_backward(*tensors, **options)
+
+
+def group_norm(x: Tensor, **options) -> Tensor:
+    from hires_kernels.fused import images
+
+    return images.group_norm(x, **options)
+
+
+def add_bias(x: Tensor, y: Tensor, *, bias: Tensor) -> Tensor:
+    from hires_kernels.fused import images
+
+    return images.add_bias(x, y, bias=bias)

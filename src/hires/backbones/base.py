@@ -20,6 +20,7 @@ from hires.backbones.schedule import Schedule
 from hires.errors import HiresError, unknown
 from hires.execution.blending import whole_strips
 from hires.execution.parallel import shared_tiles
+from hires.execution.residual import fused_blocks
 from hires.files.untrusted import read_hints
 from hires.settings import PRESETS, Gamma, Resolved, Sampling
 
@@ -41,6 +42,7 @@ class Backbone(ABC):
         size_multiple: every side of a stage is a multiple of it, in pixels.
         defaults: sampling settings that hold where a call gives none.
         adapters: where the LoRAs of variants lie (name → folder or file) that aren't in the model's own folder.
+        vae_backend: of hires_kernels, for the VAE's residual blocks; "reference" leaves them to diffusers.
     """
 
     family: ClassVar[str]
@@ -68,6 +70,7 @@ class Backbone(ABC):
         self.size_multiple = int(hints.get("size_multiple", 64))
         self.defaults = Sampling.of(**hints.get("sampling", {})).over(self._family_defaults())
         self.adapters: dict[str, Path] = {}
+        self.vae_backend = "auto"
         self._check_pipeline()
 
     @classmethod
@@ -379,7 +382,8 @@ class Backbone(ABC):
         if upcast:
             nn.Module.to(vae, torch.float32)  # not diffusers' own, which warns each time
         try:
-            with self.full_precision(), shared_tiles(vae, x.shape[2:], factor), whole_strips(vae):
+            fused = fused_blocks(vae, self.vae_backend)
+            with self.full_precision(), shared_tiles(vae, x.shape[2:], factor), whole_strips(vae), fused:
                 yield vae
         finally:
             vae.use_tiling = was_tiled

@@ -226,7 +226,7 @@ def _image(part: Part, speed: Speed, model: Model, device: torch.device) -> Iter
 
 
 def _options(part: Part, speed: Speed, model: Model, device: torch.device) -> Iterator[Row]:
-    """What each choice is worth at one size: eager and compiled steps, layouts of convolutions, tiles of the VAE."""
+    """What each choice is worth at one size: eager and compiled steps, tiles and blocks of the VAE."""
     backbone = _loaded(part, speed, model, device, compiled=False)
 
     def step() -> Row:
@@ -239,19 +239,15 @@ def _options(part: Part, speed: Speed, model: Model, device: torch.device) -> It
     if speed.compile and device.type == "cuda":
         compile_blocks(backbone.model)
         yield _tried("step", "compiled", step)
-        if backbone.family == "sdxl":
-            backbone.model.to(memory_format=torch.channels_last)
-            torch.compiler.reset()  # what is compiled counts on its weights' strides
-            yield _tried("step", "compiled, channels last", step)
     module = backbone.pipe.vae
     tile = module.tile_sample_min_size
-    for name, side, layout in (
-        ("tiles of the model's size", tile, torch.contiguous_format),
-        ("tiles of twice that", 2 * tile, torch.contiguous_format),
-        ("one tile", None, torch.contiguous_format),
-        ("tiles of the model's size, channels last", tile, torch.channels_last),
+    for name, side, backend in (
+        ("tiles of the model's size", tile, "auto"),
+        ("tiles of the model's size, diffusers' own blocks", tile, "reference"),
+        ("tiles of twice that", 2 * tile, "auto"),
+        ("one tile", None, "auto"),
     ):
-        module.to(memory_format=layout)
+        backbone.vae_backend = backend
         if side is not None:
             module.tile_sample_min_size, module.tile_latent_min_size = side, side // backbone.scale
         for what in ("encode", "decode"):
