@@ -158,7 +158,7 @@ def test_bands_make_the_whole_on_a_gpu(backend, edges):
 def test_two_gpus_exchange_what_they_need(tmp_path):
     parts = in_processes("bands_in_processes.py", 2, tmp_path, "cuda")
     image, text, rope = inputs(**LARGE, device="cuda")
-    rows, text_rows = whole(image, text, rope, LARGE["grid"], (64, 64), "auto")
+    rows, text_rows = (x.cpu() for x in whole(image, text, rope, LARGE["grid"], (64, 64), "auto"))
     first, second = (part[LARGE["grid"]] for part in parts)
     assert torch.equal(torch.cat([first[0], second[0]], 1), rows)
     assert torch.equal(first[1], second[1])

@@ -56,14 +56,6 @@ def band_attention(
     Raises:
         KernelError: the shapes don't fit.
     """
-    check_edges(grid[0], window[0], edges)
-    own = shares(grid, window, edges)[dist.get_rank()]
-    for name, found, rows in (
-        ("query", query.shape[1], own.last - own.first),
-        ("rope", len(rope[0]), own.high - own.low),
-    ):
-        if found != rows * grid[1]:
-            raise KernelError(f"{name} of {found} tokens: rows {own.first} … {own.last - 1} need {rows}x{grid[1]}")
     return _band_attention(
         query, key, value, list(text), list(rope), list(grid), list(window), list(edges),
         query.shape[-1] ** -0.5 if scale is None else scale, backend,
@@ -94,6 +86,17 @@ class Share:
         self.inner = [patch for patch in own if first <= patch.window and patch.window + window[0] <= last]
         self.outer = [patch for patch in own if patch not in self.inner]
         self.low, self.high = own[0].window, own[-1].window + window[0]
+
+    def check(self, query: Tensor, rope: Sequence[Tensor]) -> None:
+        """KernelError unless these have the band's rows, and those of all windows."""
+        for name, found, rows in (
+            ("query", query.shape[1], self.last - self.first),
+            ("rope", len(rope[0]), self.high - self.low),
+        ):
+            if found != rows * self.width:
+                raise KernelError(
+                    f"{name} of {found} tokens: rows {self.first} … {self.last - 1} need {rows}x{self.width}"
+                )
 
     def tokens(self, start: int, stop: int) -> slice:
         """Places of the rows start … stop − 1 of the grid among the band's tokens."""
@@ -127,9 +130,11 @@ def _band_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_edges(grid[0], window[0], edges)
+    rank, every = dist.get_rank(), shares((grid[0], grid[1]), (window[0], window[1]), edges)
+    every[rank].check(query, rope)
     problem = Problem("neighborhood_patch_attention", query.device, query.dtype, query.shape[-1])
     module = choose(backend, problem)  # refused by all processes, before one waits for another
-    rank, every = dist.get_rank(), shares((grid[0], grid[1]), (window[0], window[1]), edges)
     fetched, transfers = transfers_of(key, value, every, rank)
     works = dist.batch_isend_irecv(transfers) if transfers else []
 
