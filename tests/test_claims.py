@@ -125,12 +125,21 @@ def results(tmp_path, tests, trials=()):
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "paired.parquet")
     metrics = [
-        {**PLACE, "trial": trial, "variant": variant, "metric": "kid", "value": value}
-        for trial, variant, value in trials
+        {
+            **PLACE,
+            "trial": trial,
+            "variant": variant,
+            "metric": "kid",
+            "value": value,
+            "low": value,
+            "high": value,
+            "n": 9,
+            "flag": "",
+            "protocol": "",
+        }
+        for trial, variant, value in trials or [("all", "y", 4.0)]
     ]
-    pd.DataFrame(metrics or [{**PLACE, "trial": "all", "variant": "x", "metric": "kid", "value": 1.0}]).to_parquet(
-        tmp_path / "metrics.parquet"
-    )
+    pd.DataFrame(metrics).to_parquet(tmp_path / "metrics.parquet")
     return Results.open(tmp_path)
 
 
@@ -153,11 +162,14 @@ def claim(**fields):
 )
 def test_the_verdict_follows_from_difference_interval_and_p(tmp_path, difference, half, p, expected, verdict):
     found = results(tmp_path, [("kid", "y", "x", -difference, half, p)])  # stored the other way round
-    within = 0.5 if expected == "same" else None
-    judged = claims.judge([claim(tests={"kid": expected}, within=within)], found)
-    assert judged["verdict"].tolist() == [verdict]
-    assert judged["difference"].tolist() == [difference]
-    assert verdict in claims.sentences([claim()], judged)["c"][0]
+    margins = [{"within": 0.5}, {"within_share": 0.125}] if expected == "same" else [{}]  # y scores 4
+    for margin in margins:
+        judged = claims.judge([claim(tests={"kid": expected}, **margin)], found)
+        assert judged["verdict"].tolist() == [verdict]
+        assert judged["difference"].tolist() == [difference]
+        said = claims.sentences([claim()], judged)["c"][0]
+        assert verdict in said
+        assert ("; margin ±500): " if expected == "same" else " after Holm): ") in said
 
 
 def test_many_claims_need_smaller_p(tmp_path):
@@ -165,6 +177,10 @@ def test_many_claims_need_smaller_p(tmp_path):
     judged = claims.judge([claim(tests=dict.fromkeys(("kid", "fid", "clip"), "lower"))], results(tmp_path, tests))
     assert judged["p_holm"].tolist() == pytest.approx([0.06] * 3)
     assert set(judged["verdict"]) == {"undecided"}
+    asked = [claim(tests={"kid": "lower", "fid": "lower"}), claim(id="d", tests={"clip": "same"}, within=9)]
+    judged = claims.judge(asked, results(tmp_path, tests))  # a margin is no test of zero
+    assert judged["p_holm"].tolist() == pytest.approx([0.04, 0.04, np.nan], nan_ok=True)
+    assert claims.summary(judged) == "Of 3 tests 3 could be made: 3 reproduced."
 
 
 def test_what_was_not_made_is_said_to_be_missing(tmp_path):
@@ -176,6 +192,15 @@ def test_what_was_not_made_is_said_to_be_missing(tmp_path):
     assert "**missing**" in claims.sentences(asked, judged)["d"][0]
     overview = claims.overview(asked, judged)
     assert overview["reproduced"].tolist() == [1, 0, 0] and overview["missing"].tolist() == [0, 1, 1]
+    sets = [
+        (*place, variant) for place in (("tiny-flux", 64), ("tiny-flux", 128), ("tiny-sdxl", 64)) for variant in "xy"
+    ]
+    planned = pd.DataFrame(sets[:-1], columns=["backbone", "height", "variant"])
+    planned = planned.assign(study="s", setting="default", width=planned["height"])
+    judged = claims.judge([claim()], found, planned)
+    assert judged["verdict"].tolist() == ["missing", "reproduced"]
+    assert claims.sentences([claim()], judged)["c"][1].startswith("KID, x − y (tiny-flux 128x128): **missing**")
+    assert claims.summary(judged) == "Of 2 tests 1 could be made: 1 reproduced."
 
 
 def test_trials_are_compared_seed_by_seed(tmp_path):
@@ -185,7 +210,7 @@ def test_trials_are_compared_seed_by_seed(tmp_path):
     row = claims.judge([claim()], found).iloc[0]
     assert row["trials"] == 3
     assert (row["trial_low"], row["trial_high"]) == pytest.approx(t_interval([-1.0, -0.5, -1.0]))
-    assert "in 3 trials, over which −1000 [" in claims.sentences([claim()], claims.judge([claim()], found))["c"][0]
+    assert "n = 9; over 3 seeds −1000 [" in claims.sentences([claim()], claims.judge([claim()], found))["c"][0]
 
 
 def test_the_papers_claims_name_studies_variants_and_settings_that_exist():
@@ -210,6 +235,7 @@ def test_mistakes_in_claims_are_one_line(tmp_path):
         ({"tests": {"kid": "better"}}, "tests.kid"),
         ({"tests": {"kid": "same"}}, "within"),
         ({"within": 0.1}, "within"),
+        ({"tests": {"kid": "same"}, "within": 0.1, "within_share": 0.1}, "within"),
     ):
         path.write_text(yaml.safe_dump([{**entry, **change}]))
         with pytest.raises(HiresError, match=said):

@@ -234,6 +234,68 @@ def test_paired_and_sweep_figures(run, tmp_path):
     assert has_colour(pixels, figures.colour("scalediff"))
 
 
+def test_every_pair_has_a_cell_and_its_negative(tmp_path):
+    tests = [("npa", "scalediff", 20.0, 0.01), ("npa", "upsample", -3.0, 0.4), ("scalediff", "upsample", -23.0, 0.001)]
+    rows = [
+        {
+            "backbone": "tiny-flux",
+            "height": 64,
+            "width": 64,
+            "metric": metric,
+            "a": a,
+            "b": b,
+            "difference": d,
+            "n": 9,
+            "p_holm": p,
+        }
+        for metric in ("repetition", "count")
+        for a, b, d, p in tests
+    ]
+    figure = figures.every_pair(pd.DataFrame(rows), ["repetition", "kid", "count"])
+    fewer, right = (axis for axis in figure.axes if axis.texts)
+    cells = fewer.images[0].get_array()  # upsample, npa, scalediff
+    assert cells.tolist() == [[2, 0, -1], [0, 2, -1], [1, 1, 2]]
+    assert (right.images[0].get_array() == np.where(cells == 2, 2, -cells)).all()
+    assert sorted(text.get_text() for text in fewer.texts) == sorted(["+20", "−20", "+3", "−3", "+23", "−23"])
+    assert [label.get_text() for label in fewer.get_yticklabels()] == ["upsample", "npa", "scalediff"]
+    drawn(figure, tmp_path)
+
+
+def sides(values, metric="repetition"):
+    """Scores at ×2, ×4, …: value, half width."""
+    rows = [
+        {"factor": 2**k, "value": v, "low": v - h, "high": v + h, "n": 9, "flag": ""}
+        for k, (v, h) in enumerate(values, 1)
+    ]
+    return pd.DataFrame(rows).assign(backbone="tiny-flux", variant="npa", metric=metric)
+
+
+def test_where_a_score_gives_way():
+    said = tables.gives_way(sides([(1, 0.2), (1.3, 0.2), (2, 0.2)]), "factor", "repetition")
+    assert said == ["tiny-flux, npa: repeated objects 1.00 [0.80, 1.20] at ×2; first worse at ×8, 2.00 [1.80, 2.20]."]
+    said = tables.gives_way(sides([(0.5, 0.2), (0.9, 0.1)], "count"), "factor", "count")
+    assert said == ["tiny-flux, npa: count right 0.50 [0.30, 0.70] at ×2; no worse up to ×4, 0.90 [0.80, 1.00]."]
+    assert "first worse at ×4" in tables.gives_way(sides([(0.9, 0.1), (0.5, 0.2)], "count"), "factor", "count")[0]
+    assert tables.gives_way(sides([(1, 0.2)]), "factor", "repetition") == []
+
+
+def test_a_protocol_is_set_against_the_gain_under_it():
+    place = {"backbone": "tiny-flux", "height": 64, "width": 64}
+    scores = [
+        {**place, "variant": variant, "metric": metric, "value": value}
+        for metric, values in (("fid", (3.0, 5.0)), ("fid_aliased", (6.0, 7.0)), ("kid", (1.0, 2.0)))
+        for variant, value in zip(("scalediff", "npa"), values)
+    ]
+    tests = [
+        {**place, "metric": metric, "a": "npa", "b": "scalediff", "difference": d, "low": d - 0.5, "high": d + 0.5}
+        for metric, d in (("fid", 2.0), ("fid_aliased", 1.0), ("kid", 1.0))
+    ]
+    (row,) = tables.protocol_gains(pd.DataFrame(scores), pd.DataFrame(tests), "scalediff", "npa").to_dict("records")
+    assert row["scalediff − npa"] == "−2.0 [−2.5, −1.5]" and row["scalediff − npa by it"] == "−1.0 [−1.5, −0.5]"
+    assert row["other protocol"] == "not antialiased"
+    assert row["moves scalediff by"] == "+3" and row["moved / gain"] == "1.5"
+
+
 def test_comparison_shows_images_and_crops(tmp_path):
     red = Image.new("RGB", (64, 64), (200, 30, 30))
     busy = red.copy()

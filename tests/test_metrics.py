@@ -355,6 +355,9 @@ def test_small_n_is_flagged_and_undefined_scores_have_no_row(references, blurred
     rows = frame(score(blurred, references, short, per_image(blurred, asked.scores))).set_index("metric")
     assert rows.loc["is", "flag"] == f"n = {N}, below {N + 1}"
     assert rows.loc["count", "flag"] == ""
+    usual = asked.model_copy(update={"minimum_n": None})
+    rows = frame(score(blurred, references, usual, per_image(blurred, asked.scores))).set_index("metric")
+    assert rows.loc["is", "flag"] == f"n = {N}, below 128"
 
 
 def test_one_image_has_no_interval(references, blurred):

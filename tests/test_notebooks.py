@@ -170,27 +170,40 @@ def test_claims_are_judged_on_what_is_there(tmp_path, monkeypatch):
         results_tree.build(tmp_path / "results", sizes=((64, 2),), variants=("upsample",), backbones=("tiny-flux",))
     )
     done = execute("07_claims", tmp_path, monkeypatch, results=str(results), output=str(tmp_path))
-    judged = pd.read_csv(tmp_path / "tables" / "claims.csv").set_index(["claim", "metric"])
+    table = pd.read_csv(tmp_path / "tables" / "claims.csv")
+    judged = table[table["verdict"] != "missing"].set_index(["claim", "metric"])
     stored = pd.read_parquet(results / "paired.parquet")
     row = judged.loc[("lfm-texture", "kid_patch")]
     same = stored.query("study == 'components' and a == 'npa' and b == 'npa+lfm' and metric == 'kid_patch'").iloc[0]
     assert row["difference"] == pytest.approx(-same["difference"])
     assert row["trials"] == 3
-    assert judged.loc[("npa-beyond", "seconds"), "verdict"] == "missing"
+    absent = table[(table["claim"] == "npa-beyond") & (table["metric"] == "seconds")]
+    assert absent["verdict"].tolist() == ["missing"] * 2 and set(absent["height"]) == {1024}
     assert judged.loc[("overlap", "seams"), "verdict"] in ("reproduced", "not reproduced", "undecided")
     text = said(done)
-    assert "study 'windows': 0 of 24 image sets" in text
+    assert "study 'windows': 0 of 24 image sets; missing: 12 of tiny-flux at 512x512, 12 of tiny-sdxl" in text
+    assert "hires run --config config/studies/windows.yaml makes them" in text
+    assert "tiny-flux, smooth: missing, study 'failures' isn't whole" in text
     assert "same direction in" in text
     place = "tiny-flux-64x64"
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
     studies = {f"study-components-{place}", f"study-failures-{place}"}
-    assert drawn == {"claims", f"claims-trials-{place}", "claims-failures-tiny-flux", *studies}
+    compared = {f"claims-trials-{place}", "claims-pairs-components-64x64"}
+    assert drawn == {"claims", *compared, "claims-failures-tiny-flux", *studies}
     tables = {path.stem for path in (tmp_path / "tables").glob("*.md")}
-    shown = ("claims-trials", "claims-trials-paired", "claims-directions", "claims-measured", "study-failures")
+    shown = (
+        "claims-trials",
+        "claims-trials-paired",
+        "claims-directions",
+        "claims-measured",
+        "study-failures",
+        "claims-published",
+        "claims-components-content",
+    )
     assert {"claims", *shown} <= tables
 
 
 def test_claims_work_on_results_without_any_study(results, tmp_path, monkeypatch):
     done = execute("07_claims", tmp_path, monkeypatch, results=str(results), output=str(tmp_path))
     assert set(pd.read_csv(tmp_path / "tables" / "claims.csv")["verdict"]) == {"missing"}
-    assert "no study of failures in these results" in said(done)
+    assert "tiny-flux, seams: missing, study 'failures' isn't whole" in said(done)

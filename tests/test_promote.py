@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from hires.analysis.reference import makers
 from hires.analysis.results import Results
 from hires.cli import main
 from hires.provenance import machine
@@ -124,3 +125,8 @@ def test_the_tracked_reference_says_where_every_row_is_from():
             records = json.loads((folder / f"provenance/{config}.json").read_text())
             assert sum(study in record["studies"] for record in records) == 1
             assert all(record["configuration"]["name"] == config for record in records)
+    made = makers(folder)
+    assert set(made["configuration"]) == set(rows["config"])
+    assert (
+        made["commit"].str.fullmatch(r"[0-9a-f]{7}(, [0-9a-f]{7})*").all() and (made["machine"] == "NVIDIA H200").all()
+    )

@@ -205,8 +205,8 @@ class Metrics(Section):
     kid_subset_size: int = Field(1000, ge=2, description="images in one KID subset; KID is undefined below")
     kid_subsets: int = Field(100, ge=1, description="number of KID subsets")
     bootstrap: int = Field(1000, ge=1, description="resamples of an interval")
-    minimum_n: int = Field(
-        2048, ge=1, description="FID, KID and IS of fewer images are flagged; 2048 is Inception's dimension"
+    minimum_n: int | None = Field(
+        None, ge=1, description="FID, KID and IS of fewer images are flagged; default: the dimension of their features"
     )
 
 

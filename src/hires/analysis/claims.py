@@ -1,12 +1,13 @@
 """The papers' claims as data (config/claims.yaml), and a verdict on each by rule.
 
 A test is a claim on one backbone and size: the paired difference a − b of one metric over the same prompts and seeds.
-p is corrected by Holm over all tests that are judged together. Expected "lower" or "higher": reproduced where
+Expected "lower" or "higher": p is corrected by Holm over all such tests that are judged together; reproduced where
 p < .05 on that side, not reproduced where p < .05 on the other, undecided at this n otherwise. Expected "same":
-reproduced where the 95% interval lies within ± `within`, not reproduced where it lies outside, else undecided.
+reproduced where the 95% interval lies within the margin, not reproduced where it lies outside, else undecided.
 """
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,7 +33,7 @@ class Claim(BaseModel):
         study: whose images test it; a, b: variants, or settings of `variant` where that is given.
         setting: in which the variants are compared.
         tests: metric → the side of zero on which a − b should lie: lower, higher or same.
-        within: what counts as the same, in the metric's own unit.
+        within, within_share: what counts as the same, in the metric's own unit, or as a share of b's score.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,12 +49,22 @@ class Claim(BaseModel):
     setting: str = "default"
     tests: dict[str, Literal["lower", "higher", "same"]] = Field(min_length=1)
     within: float | None = Field(None, gt=0)
+    within_share: float | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _margin(self) -> Self:
-        if ("same" in self.tests.values()) != (self.within is not None):
-            raise ValueError(f"claim {self.id}: `within` goes with the expectation `same`, and only with it")
+        margins = [margin for margin in (self.within, self.within_share) if margin is not None]
+        if len(margins) != ("same" in self.tests.values()):
+            raise ValueError(
+                f"claim {self.id}: `within` or `within_share` goes with the expectation `same`, and only with it"
+            )
         return self
+
+    def sets(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """(setting, variant) of a and of b."""
+        if self.variant is None:
+            return (self.setting, self.a), (self.setting, self.b)
+        return (self.a, self.variant), (self.b, self.variant)
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -84,17 +95,21 @@ def load_claims(path: Path | None = None) -> list[Claim]:
 
 
 COLUMNS = [
-    "claim", "backbone", "height", "width", "a", "b", "metric", "expected", "difference", "low", "high", "n",
+    "claim", "backbone", "height", "width", "a", "b", "metric", "expected", "margin", "difference", "low", "high", "n",
     "p", "p_holm", "trials", "trial_low", "trial_high", "verdict",
 ]  # fmt: skip
 
 
-def judge(claims: Sequence[Claim], results: Results) -> pd.DataFrame:
+def judge(claims: Sequence[Claim], results: Results, planned: pd.DataFrame | None = None) -> pd.DataFrame:
     """A row for each test of each claim, and one with verdict "missing" for a test that these results can't make.
 
-    Columns: claim, backbone, height, width, a, b, metric, expected, difference, low, high (95 %, paired bootstrap over
-    prompts), n, p, p_holm, trials, trial_low, trial_high (95 % of Student's t over the seeds' own differences, NaN
-    below two), verdict.
+    Columns: claim, backbone, height, width, a, b, metric, expected, margin (for "same"), difference, low, high (95 %,
+    paired bootstrap over prompts), n, p, p_holm (NaN for "same"), trials, trial_low, trial_high (95 % of Student's t
+    over the seeds' own differences, NaN below two), verdict.
+
+    Args:
+        planned: image sets, columns `SET`. What is missing of these has a row for each backbone and size; a claim of
+            which they hold nothing has one row without a place.
     """
     rows = []
     for claim in claims:
@@ -109,28 +124,52 @@ def judge(claims: Sequence[Claim], results: Results) -> pd.DataFrame:
                 "metric": metric,
                 "expected": expected,
             }
-            if found.empty:
+            there = list(found[_PLACE].itertuples(index=False, name=None))
+            absent = [place for place in _places(claim, planned) if place not in there]
+            rows += [{**base, **dict(zip(_PLACE, place)), "verdict": MISSING} for place in absent]
+            if not there and not absent:
                 rows.append({**base, "verdict": MISSING})
             for test in found.itertuples():
-                place = {name: getattr(test, name) for name in ("backbone", "height", "width")}
+                place = {name: getattr(test, name) for name in _PLACE}
                 differences = _trials(results.trials, claim, metric, **place)
                 mean_low, mean_high = t_interval(differences)
                 numbers = {name: getattr(test, name) for name in ("difference", "low", "high", "n", "p")}
                 spread = {"trials": len(differences), "trial_low": mean_low, "trial_high": mean_high}
-                rows.append({**base, **place, **numbers, **spread, "verdict": ""})
+                margin = _margin(claim, results, metric, place) if expected == "same" else nan
+                rows.append({**base, **place, "margin": margin, **numbers, **spread, "verdict": ""})
     table = pd.DataFrame(rows, columns=COLUMNS)
     tested = table["verdict"] != MISSING
-    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy(dtype=float))
-    margins = {claim.id: claim.within for claim in claims}
-    table.loc[tested, "verdict"] = [_verdict(row, margins[row.claim]) for row in table[tested].itertuples()]
+    directed = tested & (table["expected"] != "same")
+    table.loc[directed, "p_holm"] = holm(table.loc[directed, "p"].to_numpy(dtype=float))
+    table.loc[tested, "verdict"] = [_verdict(row) for row in table[tested].itertuples()]
     return table
 
 
-def _verdict(row, within: float | None) -> str:
-    if within is not None and row.expected == "same":
-        if -within < row.low and row.high < within:
+_PLACE = ["backbone", "height", "width"]
+
+
+def _places(claim: Claim, planned: pd.DataFrame | None) -> list[tuple]:
+    """(backbone, height, width) where both sides of a claim are planned."""
+    if planned is None:
+        return []
+    sides = [where(planned, study=claim.study, setting=setting, variant=variant) for setting, variant in claim.sets()]
+    a, b = ([*side[_PLACE].itertuples(index=False, name=None)] for side in sides)
+    return [place for place in a if place in b]
+
+
+def _margin(claim: Claim, results: Results, metric: str, place: dict[str, Any]) -> float:
+    if claim.within_share is None:
+        return claim.within or nan
+    setting, variant = claim.sets()[1]
+    b = where(results.metrics, study=claim.study, setting=setting, variant=variant, metric=metric, **place)
+    return claim.within_share * b["value"].item()
+
+
+def _verdict(row) -> str:
+    if row.expected == "same":
+        if -row.margin < row.low and row.high < row.margin:
             return REPRODUCED
-        return NOT_REPRODUCED if row.low > within or row.high < -within else UNDECIDED
+        return NOT_REPRODUCED if row.low > row.margin or row.high < -row.margin else UNDECIDED
     if row.p_holm >= LEVEL:
         return UNDECIDED
     return REPRODUCED if (row.difference < 0) == (row.expected == "lower") else NOT_REPRODUCED
@@ -139,34 +178,63 @@ def _verdict(row, within: float | None) -> str:
 def _trials(trials: pd.DataFrame, claim: Claim, metric: str, **place) -> list[float]:
     """a − b of each seed."""
     rows = where(trials, study=claim.study, metric=metric, **place)
-    if claim.variant is None:
-        sides = [where(rows, setting=claim.setting, variant=name) for name in (claim.a, claim.b)]
-    else:
-        sides = [where(rows, setting=name, variant=claim.variant) for name in (claim.a, claim.b)]
+    sides = [where(rows, setting=setting, variant=variant) for setting, variant in claim.sets()]
     a, b = (side.set_index("trial")["value"] for side in sides)
     return (a - b).dropna().tolist()
 
 
+def summary(judged: pd.DataFrame) -> str:
+    """One sentence: how many tests there are, and how they came out."""
+    counts = judged["verdict"].value_counts()
+    told = [f"{counts[name]} {name}" for name in (REPRODUCED, NOT_REPRODUCED, UNDECIDED) if name in counts]
+    made = len(judged) - counts.get(MISSING, 0)
+    return f"Of {len(judged)} tests {made} could be made" + (f": {', '.join(told)}." if told else ".")
+
+
 def sentences(claims: Sequence[Claim], judged: pd.DataFrame) -> dict[str, list[str]]:
-    """What came of each claim: one sentence per test, by the claim's id."""
-    return {claim.id: [_sentence(row) for row in where(judged, claim=claim.id).itertuples()] for claim in claims}
+    """What came of each claim, by its id: a sentence per test, and what is missing at the end."""
+    found = {}
+    for claim in claims:
+        rows = where(judged, claim=claim.id)
+        made = [_sentence(row) for row in rows[rows["verdict"] != MISSING].itertuples()]
+        found[claim.id] = made + _absences(claim, where(rows, verdict=MISSING))
+    return found
+
+
+def _label(row) -> str:
+    return f"{tables.metric(row.metric).label}, {tables.pair_label(row.a, row.b)}"
+
+
+def _absences(claim: Claim, rows: pd.DataFrame) -> list[str]:
+    """One sentence for all metrics that are missing at the same places."""
+    metrics: dict[str, list[str]] = {}
+    for metric, group in rows.groupby("metric", sort=False):
+        there = group.dropna(subset=_PLACE)
+        places = [f"{row.backbone} {size_name(int(row.height), int(row.width))}" for row in there.itertuples()]
+        metrics.setdefault(", ".join(places), []).append(tables.metric(metric).label)
+    pair = tables.pair_label(*claim.pair)
+    return [
+        f"{', '.join(labels)}, {pair}{f' ({at})' if at else ''}: **missing**, these results don't hold both sides."
+        for at, labels in metrics.items()
+    ]
 
 
 def _sentence(row) -> str:
     shown = tables.metric(row.metric)
-    what = f"{shown.label}, {tables.pair_label(row.a, row.b)}"
-    if row.verdict == MISSING:
-        return f"{what}: **missing**, these results hold no such images."
-    value = tables.interval(row.difference * shown.scale, row.low * shown.scale, row.high * shown.scale, signed=True)
+
+    def written(low: float, high: float) -> str:
+        return tables.interval(row.difference * shown.scale, low * shown.scale, high * shown.scale, signed=True)
+
     unit = f" {shown.unit}" if shown.unit else ""
-    n = f"n = {int(row.n)}"
+    told = [f"{row.backbone}, {size_name(int(row.height), int(row.width))}, n = {int(row.n)}"]
     if row.trials > 1:
-        low, high = row.trial_low * shown.scale, row.trial_high * shown.scale
-        spread = tables.interval(row.difference * shown.scale, low, high, signed=True)
-        n += f" in {int(row.trials)} trials, over which {spread}"
+        told.append(f"over {int(row.trials)} seeds {written(row.trial_low, row.trial_high)}")
+    if row.expected == "same":
+        told.append(f"margin ±{row.margin * shown.scale:.3g}")
+    else:
+        told.append(f"p {tables.p_text(row.p_holm)} after Holm")
     verdict = UNDECIDED + " at this n" if row.verdict == UNDECIDED else row.verdict
-    place = f"{row.backbone}, {size_name(int(row.height), int(row.width))}"
-    return f"{what}: {value}{unit} ({place}, {n}, p {tables.p_text(row.p_holm)} after Holm): **{verdict}**."
+    return f"{_label(row)}: {written(row.low, row.high)}{unit} ({'; '.join(told)}): **{verdict}**."
 
 
 def overview(claims: Sequence[Claim], judged: pd.DataFrame) -> pd.DataFrame:

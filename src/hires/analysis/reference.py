@@ -10,6 +10,7 @@ A study is known by its name alone to whatever reads the tables, so two configur
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def records(config: str, target: Path = REFERENCE) -> list[dict[str, Any]]:
     """What made the rows of a configuration: one record for each promotion of which something is left."""
     file = target / "provenance" / f"{config}.json"
     return read_json(file) if file.is_file() else []
+
+
+def makers(target: Path = REFERENCE) -> pd.DataFrame:
+    """What made the rows, one line per promotion: configuration, studies, commit, machine, torch, day."""
+    rows = []
+    for file in sorted((target / "provenance").glob("*.json")):
+        for record in read_json(file):
+            runs = record.get("runs") or [record]
+            row = {"configuration": file.stem, "studies": ", ".join(record["studies"])}
+            row["commit"] = _list((run["commit"] or "unknown")[:7] for run in runs)
+            row["machine"] = _list(run["gpu"] or run["cpu"] for run in runs)
+            row["torch"] = _list(run["packages"]["torch"] for run in runs)
+            rows.append({**row, "day": _list(run["time"][:10] for run in runs)})
+    return pd.DataFrame(rows)
+
+
+def _list(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
 def _others(target: Path, config: str, studies: list[str]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ PROTOCOLS = ("fid", "fid_aliased", "kid", "kid_aliased", "fid_patch", "fid_patch
 CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band", "seams")
 FLAG = "†"
 HALVES = "½"  # beside FID and KID of the true images: one half of them against the other, so of fewer images
-HALVED = ("fid", "fid_patch", "kid", "kid_patch")
+HALVED = ("fid", "fid_aliased", "fid_patch", "fid_patch_3", "kid", "kid_aliased", "kid_patch", "kid_patch_3")
 _COSTS = ("seconds", "peak_bytes")
 
 
@@ -310,6 +310,60 @@ def best_setting(scores: pd.DataFrame, paired: pd.DataFrame, name: str, referenc
     return found
 
 
+def gives_way(scores: pd.DataFrame, column: str, name: str) -> list[str]:
+    """A sentence for each backbone and variant: at which value of `column` a metric is first worse than at the start.
+
+    Worse: its interval lies beyond that at the smallest value of the numeric `column`.
+    """
+    shown = metric(name)
+    worse = 1 if shown.better == "lower" else -1
+    found = []
+    rows = where(scores[scores["variant"] != TRUE], metric=name).sort_values(column, kind="stable")
+    for backbone in sorted(set(rows["backbone"])):
+        for variant in variants_of(where(rows, backbone=backbone)):
+            first, *others = where(rows, backbone=backbone, variant=variant).itertuples()
+            if not others:
+                continue
+            bound = first.high if worse > 0 else first.low
+            lost = [row for row in others if worse * ((row.low if worse > 0 else row.high) - bound) > 0]
+            row = lost[0] if lost else others[-1]
+            start, end = (f"×{getattr(cell, column):g}" for cell in (first, row))
+            told, then = (_cell(pd.Series(cell._asdict()), shown.scale) for cell in (first, row))
+            verdict = f"first worse at {end}" if lost else f"no worse up to {end}"
+            found.append(f"{backbone}, {variant}: {shown.label} {told} at {start}; {verdict}, {then}.")
+    return found
+
+
+def protocol_gains(scores: pd.DataFrame, paired: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """The same images under two protocols: how far the other one moves a's score, beside how far a is from b by each.
+
+    Where |moved / gain| is above one, the protocol decides more than the method does.
+    """
+    tests = contrasts(paired, [(a, b)])
+    rows = []
+    for name, other in zip(PROTOCOLS[::2], PROTOCOLS[1::2]):
+        for test in where(tests, metric=name).itertuples():
+            place = {"backbone": test.backbone, "height": test.height, "width": test.width}
+            usual, moved = (where(scores, variant=a, metric=score, **place)["value"] for score in (name, other))
+            twins = [*where(tests, metric=other, **place).itertuples()]
+            if usual.empty or moved.empty or not twins:
+                continue
+            shown, by = metric(name), moved.item() - usual.item()
+            rows.append(
+                {
+                    "backbone": test.backbone,
+                    "size": size_name(test.height, test.width),
+                    "score": shown.label + (f" ({shown.unit})" if shown.unit else ""),
+                    f"{a} − {b}": _signed(test, shown),
+                    "other protocol": metric(other).label.partition(", ")[2],
+                    f"{a} − {b} by it": _signed(twins[0], shown),
+                    f"moves {a} by": f"{by * shown.scale:+.3g}".replace("-", "−"),
+                    "moved / gain": f"{abs(by / test.difference):.2g}" if test.difference else "–",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def p_text(value: float) -> str:
     return "< .001" if value < 0.001 else f"= {value:.3f}".replace("0.", ".")
 
@@ -340,17 +394,20 @@ def write(folder: Path, name: str, tidy: pd.DataFrame, shown: pd.DataFrame) -> s
     return text
 
 
-def findings(metrics: pd.DataFrame, paired: pd.DataFrame) -> dict[str, list[str]]:
+def findings(
+    metrics: pd.DataFrame, paired: pd.DataFrame, pairs: Sequence[tuple[str, str]] = (("scalediff", "npa"),)
+) -> dict[str, list[str]]:
     """For the largest size of every backbone ("<backbone> at <H>x<W>") sentences read off the tables.
 
-    One per metric that has a better side, tells variants apart and has images enough; one names those that have not.
+    One per metric that has a better side, tells variants apart and has images enough, with what the paired tests of
+    `pairs` say; one names the metrics that have too few.
     """
     found = {}
     for backbone in sorted(set(metrics["backbone"])):
         rows = where(metrics, backbone=backbone)
         height, width = sizes_of(rows)[-1]
         rows = where(rows, height=height, width=width)
-        tests = contrasts(where(paired, backbone=backbone, height=height, width=width), [("scalediff", "npa")])
+        tests = contrasts(where(paired, backbone=backbone, height=height, width=width), pairs)
         sentences, few = [], []
         for name in metrics_of(rows):
             shown, these = metric(name), rows[rows["metric"] == name]

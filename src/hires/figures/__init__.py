@@ -12,7 +12,7 @@ from hires.figures.scale_dit import (
     token_orders,
     training_curve,
 )
-from hires.figures.scores import paired_differences, score_points, spectra, sweep
+from hires.figures.scores import every_pair, paired_differences, score_points, spectra, sweep
 from hires.figures.studies import Failure, failures, verdicts
 from hires.figures.style import PAGE_WIDTH, colour, label, marker, save, style
 
@@ -31,6 +31,7 @@ __all__ = [
     "comparison",
     "cost",
     "counted_cost",
+    "every_pair",
     "failures",
     "guidance_weight",
     "label",

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hires.analysis import tables
 from hires.analysis.results import TRUE, size_name, where
+from hires.analysis.statistics import LEVEL
 from hires.figures.style import colour, label, marker, panels, style
+from hires.variants import VARIANTS
 
 _COLUMNS = 4
 
@@ -71,6 +74,51 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
         figure.suptitle(f"paired differences, {_heading(paired)}", x=0.01, ha="left", fontsize=9)
         figure.supxlabel("hollow: the interval holds zero, or has no width", fontsize=7, x=0.99, ha="right")
     return figure
+
+
+def every_pair(paired: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Row − column for every pair of variants: panels are metrics down, backbones across; of one size.
+
+    Green: the row is better, red: it is worse, p < .05 by Holm over the pairs of a panel. Numbers in a metric's unit.
+    """
+    names = [name for name in names if name in set(paired["metric"])]
+    backbones = sorted(set(paired["backbone"]))
+    variants = tables.in_order({*paired["a"], *paired["b"]}, VARIANTS)
+    side = 0.22 * len(variants)
+    with style():
+        figure, axes = panels(len(names), len(backbones), (side + 0.45) * len(names) + 1.0, sharex=True, sharey=True)
+        for line, name in zip(axes, names):
+            shown = tables.metric(name)
+            for axis, backbone in zip(line, backbones):
+                rows = where(paired, backbone=backbone, metric=name)
+                cells = 2 * np.eye(len(variants))
+                for row in rows.itertuples():
+                    for a, b, sign in ((row.a, row.b, 1), (row.b, row.a, -1)):
+                        y, x = variants.index(a), variants.index(b)
+                        better = (sign * row.difference < 0) == (shown.better == "lower")
+                        cells[y, x] = (row.p_holm < LEVEL) * (1 if better else -1)
+                        axis.text(
+                            x, y, _short(sign * row.difference * shown.scale), ha="center", va="center", fontsize=5
+                        )
+                axis.imshow(
+                    cells,
+                    cmap=ListedColormap(["#eab6bd", "white", "#a9d3b4", "#d9d9d9"]),
+                    vmin=-1,
+                    vmax=2,
+                    aspect="auto",
+                )
+                axis.set_title(f"{backbone}: {shown.title}", loc="left")
+                axis.set_xticks(range(len(variants)), variants, rotation=40, ha="right", fontsize=6)
+                axis.set_yticks(range(len(variants)), variants, fontsize=6)
+                axis.grid(False)
+        figure.suptitle(f"row − column, {_heading(paired).partition(', bars')[0]}", x=0.01, ha="left", fontsize=9)
+        figure.supxlabel("green: the row is better, red: worse, p < .05 after Holm", fontsize=7, x=0.99, ha="right")
+    return figure
+
+
+def _short(value: float) -> str:
+    text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}" if value else "0"
+    return text.replace("-", "−")
 
 
 def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str) -> Figure:

@@ -55,10 +55,10 @@ def verdicts(judged: pd.DataFrame) -> Figure:
 
 @dataclass(frozen=True)
 class Failure:
-    """A sign of failure: what it is, crops before and after it was provoked, and the metric that should see it."""
+    """A sign of failure: crops of the usual images and of the provoked ones, each with its title."""
 
-    name: str
     usual: Image.Image | None
+    title: str
     provoked: Image.Image | None
     text: str
 
@@ -72,6 +72,6 @@ def failures(signs: Sequence[Failure]) -> Figure:
                 axis.set_axis_off()
                 if picture is not None:
                     axis.imshow(picture)
-            line[0].set_title(f"{sign.name}: usual", loc="left")
+            line[0].set_title(sign.title, loc="left")
             line[1].set_title(sign.text, loc="left")
     return figure

@@ -257,7 +257,8 @@ class _Scorer:
         protocol: str,
         centre: bool = False,
     ) -> Score:
-        n, least = len(self.images), self.settings.minimum_n
+        n = len(self.images)
+        least = self.settings.minimum_n or self.images.tensors["features"].shape[1]
         flags = [few] if few else []
         if metric in ("fid", "kid", "is") and n < least:
             flags.insert(0, f"n = {n}, below {least}")

@@ -7,7 +7,7 @@ VERSIONS = {
     "base": 1,
     "images": 1,
     "features": 2,
-    "scores": 3,
+    "scores": 4,
     "metrics": 3,
     "notebook": 1,
     "report": 1,
