@@ -50,7 +50,8 @@ def values(name="metrics", column="value"):
 
 def test_configurations_stand_side_by_side(place, capsys):
     assert promote(run(place / "one", "first", ["main", "tau"], 1.0)) == 0
-    assert "results/reference: main, tau; 0.0 MiB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "main: 1 image sets, 0 before" in said and "results/reference: 0.0 MiB" in said
     assert promote(run(place / "two", "second", ["panorama"], 2.0)) == 0
     expected = {("first", "main"): 1.0, ("first", "tau"): 1.0, ("second", "panorama"): 2.0}
     assert values() == expected and values("paired", "difference") == expected

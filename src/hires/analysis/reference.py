@@ -10,12 +10,14 @@ A study is known by its name alone to whatever reads the tables, so two configur
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hires.analysis.results import SET
 from hires.errors import HiresError
 from hires.files import parquet
 from hires.files.storage import digest, read_json, write_json
@@ -102,6 +104,14 @@ def studies(table: Path) -> list[tuple[str, str]]:
     """(configuration, study) of the rows of a table in results/reference."""
     rows = pd.read_parquet(table, columns=["config", "study"]).drop_duplicates()
     return list(rows.itertuples(index=False, name=None))
+
+
+def image_sets(table: Path) -> Counter[str]:
+    """Study → how many image sets of it have scores in a table of results/reference; none where there is no table."""
+    if not table.is_file():
+        return Counter()
+    rows = pd.read_parquet(table, columns=SET).drop_duplicates()
+    return Counter(rows[rows["setting"] != "reference"]["study"])
 
 
 def records(config: str, target: Path = REFERENCE) -> list[dict[str, Any]]:

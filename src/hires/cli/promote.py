@@ -98,11 +98,15 @@ def _promote_adapter(source: Path, model: Path) -> None:
 
 
 def _promote_results(source: Path, what: str) -> None:
-    from hires.analysis.reference import REFERENCE, promote, promote_costs
+    from hires.analysis.reference import REFERENCE, TABLES, image_sets, promote, promote_costs
 
+    former = image_sets(REFERENCE / TABLES[0])
     studies = promote(source) if what == "results" else promote_costs(source)
+    sets = image_sets(REFERENCE / TABLES[0])
+    for name in studies:
+        print(f"{name}: {sets[name]} image sets, {former[name]} before")
     size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
-    print(f"{REFERENCE}: {', '.join(studies)}; {size:.1f} MiB in all")
+    print(f"{REFERENCE}: {size:.1f} MiB in all")
 
 
 def _promote_speed(source: Path) -> None:
