@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hires_kernels import EXCHANGING, band_attention
+from hires_kernels import NCCL, band_attention
 from test_kernels_band import CASES, LARGE, inputs, own_part
 
 folder, device = sys.argv[1:]
 if device == "cuda":
-    os.environ["NCCL_MAX_P2P_NCHANNELS"] = str(2 * EXCHANGING)
+    os.environ |= NCCL
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)

@@ -6,7 +6,7 @@ head_dim), grids row-major. `group_norm` and `add_bias` are what a VAE does betw
 """
 
 from hires_kernels.backends import BACKENDS, Problem, explain
-from hires_kernels.band import EXCHANGING, band_attention, seen_rows
+from hires_kernels.band import EXCHANGING, NCCL, band_attention, seen_rows
 from hires_kernels.errors import KernelError
 from hires_kernels.library import register_flop_formulas
 from hires_kernels.operations import (
@@ -22,6 +22,7 @@ from hires_kernels.watching import Ran, watch
 __all__ = [
     "BACKENDS",
     "EXCHANGING",
+    "NCCL",
     "KernelError",
     "Problem",
     "Ran",

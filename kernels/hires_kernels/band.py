@@ -25,6 +25,10 @@ from hires_kernels.geometry import Grid, Patch, patches
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 EXCHANGING = 4  # multiprocessors for NCCL's transfers alone
+NCCL = {  # what makes them enough, in the environment before NCCL starts
+    "NCCL_MAX_P2P_NCHANNELS": str(2 * EXCHANGING),  # of which a message of up to 64 MiB takes half
+    "NCCL_CGA_CLUSTER_SIZE": "0",  # or its blocks start by fours, on neighbours, which those that are free needn't be
+}
 
 
 def band_attention(
@@ -44,7 +48,7 @@ def band_attention(
 
     The image rows are those of this process's band; the text rows, means over all patches, are the same everywhere.
     Called by all processes together. Kernels leave `EXCHANGING` multiprocessors to NCCL's transfers, which should take
-    no more (NCCL_MAX_P2P_NCHANNELS).
+    no more (`NCCL`).
 
     Args:
         query, key, value: (batch, rows · width, heads, head_dim) of the band, query and key rotated.

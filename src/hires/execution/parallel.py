@@ -57,8 +57,8 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         )
     if cuda:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast memory, which shared hosts often lack
-        # A message of up to 64 MiB between two processes takes half of the channels, a multiprocessor each.
-        os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", str(2 * hires_kernels.EXCHANGING))
+        for name, value in hires_kernels.NCCL.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(local)
     own = torch.device("cuda", local) if cuda else torch.device("cpu")
     dist.init_process_group("nccl" if cuda else "gloo", device_id=own if cuda else None)
