@@ -44,7 +44,7 @@ def writer(value: Any) -> str | None:
 
 
 class Attention(Part):
-    """What the attention operations of hires_kernels ran on; empty where the model's own attention did everything.
+    """What the operations of hires_kernels ran on; empty where PyTorch did everything.
 
     operations: name -> backends. launches: parameters that fused kernels chose, with their `kernel`.
     """

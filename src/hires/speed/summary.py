@@ -161,7 +161,7 @@ def steps(rows: pd.DataFrame) -> pd.DataFrame:
             "CUDA graph": table["graph"].eq(True).map({True: "yes", False: ""}),
             "views a call": table["view_batch"].map(_number),
             "first step, s": table["warm_up"].map(_number),
-            "note": table["reason"].fillna(""),
+            "note": table["reason"].astype(object).fillna(""),
         }
     )
 
@@ -177,7 +177,7 @@ def others(rows: pd.DataFrame) -> pd.DataFrame:
             "seconds": table["seconds"].map(_number),
             "peak GiB": (table["peak_bytes"].astype(float) / 2**30).map(_number),
             "dtype": table["dtype_vae"].fillna(table["dtype"]),
-            "note": table["reason"].fillna(""),
+            "note": table["reason"].astype(object).fillna(""),
         }
     )
 
