@@ -113,6 +113,10 @@ def test_a_run_out_of_time_has_scored_what_it_made_and_goes_on(whole, tmp_path, 
     assert main(["run", "--config", "config.yaml", "--seconds", "0"]) == 0
     out = capfd.readouterr()
     assert "no image set is scored yet" in out.err and "not complete" in out.out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder_of(tmp_path, "home"))
+        assert main(["collect", "--config", "config.yaml", "--from", str(tmp_path / "b/results/cut")]) == 0
+    assert "0 image sets taken, 4 missing" in capfd.readouterr().out
     asked = []
 
     def over(clock, kind):

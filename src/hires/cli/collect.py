@@ -19,7 +19,8 @@ def run(args: argparse.Namespace) -> None:
     with claim(config.root):
         taken = collect.run(config, args.sources)
         store_config(config)
-        metrics.run(config, partial=True)
+        missing = metrics.unscored(config)
+        if len(missing) < len(config.image_sets()):
+            metrics.run(config, partial=True)
         provenance.run(config, partial=True)
-    missing = metrics.unscored(config)
     print(f"{config.root}: {len(taken)} image sets taken, {len(missing)} missing")

@@ -87,6 +87,7 @@ def _run(config: Config, clock: Clock, backbones: Sequence[str]) -> bool:
     missing = metrics.unscored(config)
     if len(missing) == len(config.image_sets()):
         print(f"{config.name}: no image set is scored yet", file=sys.stderr)
+        provenance.run(config, partial=True)  # what another machine collects from
         return False
     tables = [layout.metrics(config), layout.paired(config)]
     scored = [layout.scores(config, made) for made in config.image_sets() if made not in missing]
