@@ -17,7 +17,7 @@ CASES = [  # grid, window, edges of the bands
     ((9, 3), (3, 3), (0, 4, 7, 9)),  # two rows of patches at an edge
 ]
 
-LARGE = {"grid": (256, 128), "text": 77, "heads": 8, "dim": 128, "dtype": torch.bfloat16}  # what two GPUs share
+LARGE = {"grid": (256, 128), "text": 256, "heads": 8, "dim": 128, "dtype": torch.bfloat16}  # what two GPUs share
 
 
 def inputs(grid, batch=2, text=3, heads=2, dim=32, dtype=torch.float32, device="cpu"):
@@ -146,7 +146,7 @@ def test_what_bands_must_be(edges, rows, message, one_process):
 @pytest.mark.parametrize("edges", [(0, 32, 128), (0, 96, 128), (0, 64, 96, 128)])
 def test_bands_make_the_whole_on_a_gpu(backend, edges):
     grid, window = (128, 96), (64, 64)
-    image, text, rope = inputs(grid, text=77, heads=4, dim=128, dtype=torch.bfloat16, device="cuda")
+    image, text, rope = inputs(grid, text=256, heads=4, dim=128, dtype=torch.bfloat16, device="cuda")
     rows, text_rows = whole(image, text, rope, grid, window, backend)
     found = put_together(image, text, rope, grid, window, edges, backend)
     assert torch.equal(found[0], rows)  # the same tiles in the same order

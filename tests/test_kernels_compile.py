@@ -18,13 +18,17 @@ def compiled(tmp_path_factory):
     lines = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    return {(line["backend"], line["case"]): line for line in map(json.loads, lines)}
+    return {(line.get("backend") or line["kernel"], line["case"]): line for line in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        *((case, backend) for case in ("FLUX", "FLUX, ragged") for backend in ("triton", "gluon", "gluon, again")),
+        *(
+            (case, backend)
+            for case in ("FLUX", "FLUX, ragged", "FLUX, edge of a band")
+            for backend in ("triton", "gluon", "gluon, again")
+        ),
         *(("SDXL", backend) for backend in ("triton", "gluon")),  # float16: nothing is done again
     ],
 )
@@ -35,3 +39,9 @@ def test_npa_compiles_for_hopper(case, backend, compiled):
     outside_the_loop = backend.startswith("gluon") and case.startswith("FLUX")
     assert figures["spills"] == 0 or (outside_the_loop and figures["spills"] <= 64)
     assert figures["stale"] == 0
+
+
+@pytest.mark.parametrize("kernel", ["_moments", "_merge", "_apply", "_sum"])
+def test_image_kernels_compile_for_hopper(kernel, compiled):
+    found = [figures for (name, _), figures in compiled.items() if name == kernel]
+    assert len(found) == 4 and all(figures["spills"] == 0 for figures in found)

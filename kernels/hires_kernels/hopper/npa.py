@@ -598,6 +598,7 @@ def _attend(
         mbarrier.init(turns.index(group), 1)
     fence_async_shared()
 
+    shape = shape[:]  # of ones among its pairs, which are constants, Triton 3.6 has lost the value in the tuple's type
     if AGAIN:
         shape = (again,) + shape[1:12] + (gl.load(again),)  # noqa: RUF005 (Gluon has no starred tuples)
     barriers = (k_ready, k_free, v_ready, v_free)
