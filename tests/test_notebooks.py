@@ -182,7 +182,7 @@ def test_claims_are_judged_on_what_is_there(tmp_path, monkeypatch):
     assert judged.loc[("overlap", "seams"), "verdict"] in ("reproduced", "not reproduced", "undecided")
     text = said(done)
     assert "study 'windows': 0 of 24 image sets; missing: 12 of tiny-flux at 512x512, 12 of tiny-sdxl" in text
-    assert "hires run --config config/studies/windows.yaml makes them" in text
+    assert "config/studies/windows.yaml config/scale-dit-evaluation.yaml makes them" in text
     assert "tiny-flux, smooth: missing, study 'failures' isn't whole" in text
     assert "same direction in" in text
     place = "tiny-flux-64x64"

@@ -310,28 +310,32 @@ def best_setting(scores: pd.DataFrame, paired: pd.DataFrame, name: str, referenc
     return found
 
 
-def gives_way(scores: pd.DataFrame, column: str, name: str) -> list[str]:
-    """A sentence for each backbone and variant: at which value of `column` a metric is first worse than at the start.
+def gives_way(scores: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFrame:
+    """At which value of the numeric `column` a metric is first worse than at the smallest: its interval lies beyond.
 
-    Worse: its interval lies beyond that at the smallest value of the numeric `column`.
+    One row per backbone and variant with several values, one column per metric.
     """
-    shown = metric(name)
-    worse = 1 if shown.better == "lower" else -1
-    found = []
-    rows = where(scores[scores["variant"] != TRUE], metric=name).sort_values(column, kind="stable")
-    for backbone in sorted(set(rows["backbone"])):
-        for variant in variants_of(where(rows, backbone=backbone)):
-            first, *others = where(rows, backbone=backbone, variant=variant).itertuples()
-            if not others:
-                continue
-            bound = first.high if worse > 0 else first.low
-            lost = [row for row in others if worse * ((row.low if worse > 0 else row.high) - bound) > 0]
-            row = lost[0] if lost else others[-1]
-            start, end = (f"×{getattr(cell, column):g}" for cell in (first, row))
-            told, then = (_cell(pd.Series(cell._asdict()), shown.scale) for cell in (first, row))
-            verdict = f"first worse at {end}" if lost else f"no worse up to {end}"
-            found.append(f"{backbone}, {variant}: {shown.label} {told} at {start}; {verdict}, {then}.")
-    return found
+    rows = []
+    scores = scores[scores["variant"] != TRUE].sort_values(column, kind="stable")
+    for (backbone, variant), group in scores.groupby(["backbone", "variant"], sort=False):
+        if len(set(group[column])) > 1:
+            cells = {
+                metric(name).title: _first_worse(where(group, metric=name), column, metric(name)) for name in names
+            }
+            rows.append({"backbone": backbone, "variant": variant, **cells})
+    table = pd.DataFrame(rows, columns=["backbone", "variant", *(metric(name).title for name in names)])
+    order = variants_of(table)
+    return table.sort_values(["backbone", "variant"], key=lambda x: x.map(order.index) if x.name == "variant" else x)
+
+
+def _first_worse(rows: pd.DataFrame, column: str, shown: Metric) -> str:
+    if len(rows) < 2:
+        return "–"
+    start, others = rows.iloc[0], rows.iloc[1:]
+    worse = others["low"] > start["high"] if shown.better == "lower" else others["high"] < start["low"]
+    end = others[worse].iloc[0] if worse.any() else others.iloc[-1]
+    verdict = f"×{end[column]:g}" if worse.any() else f"not up to ×{end[column]:g}"
+    return f"{verdict}: {_cell(start, shown.scale)} → {_cell(end, shown.scale)}"
 
 
 def protocol_gains(scores: pd.DataFrame, paired: pd.DataFrame, a: str, b: str) -> pd.DataFrame:

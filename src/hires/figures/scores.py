@@ -148,9 +148,11 @@ def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str)
                     )
         for axis, name in zip(axes[0], names):
             axis.set_title(tables.metric(name).heading, loc="left")
+        places = sorted(set(metrics[column]))
         for line in axes:
             for axis, name in zip(line, names):
                 axis.set_ylabel(tables.metric(name).unit)
+                axis.set_xticks(places, [f"{x:g}" for x in places])
         for line, backbone in zip(axes, backbones):
             line[0].set_ylabel(f"{backbone}\n\n{line[0].get_ylabel()}")
         handles = [Line2D([], [], color=colour(v), marker=marker(v), label=label(v)) for v in variants]
@@ -158,7 +160,7 @@ def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str)
             handles.append(Line2D([], [], color=colour(TRUE), linestyle=":", label=TRUE))
             xlabel += f"; {_HALVES}" * bool(set(names) & set(tables.HALVED))
         figure.supxlabel(xlabel, fontsize=8)
-        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(handles)))
     return figure
 
 
