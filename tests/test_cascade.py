@@ -9,8 +9,9 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from hires.backbones import Backbone
-from hires.cascade import Meter, base_latents, cascade, decode, seed_stage, to_images, to_pixels
+from hires.cascade import base_latents, cascade, decode, seed_stage, to_images, to_pixels
 from hires.errors import HiresError
+from hires.execution.meter import Meter
 from hires.layout import BASE_SETTINGS
 from hires.methods import resize, sharpen
 from hires.methods.diffusehigh import approximation
@@ -242,6 +243,12 @@ def test_every_part_of_a_variant_acts(flux, setting):
     plain = last(flux, PROMPTS[:1], [0], Variant(), 192, 192, FAST, base=base).latents
     other = last(flux, PROMPTS[:1], [0], Variant(**setting), 192, 192, FAST, base=base).latents
     assert (plain - other).abs().mean() > 1e-3
+
+
+def test_a_variant_without_denoising_enlarges_to_the_target_at_once(flux):
+    base = torch.zeros(1, 16, 16, 16)
+    stages = list(cascade(flux, PROMPTS[:1], [0], Variant(denoise=False), 512, 512, FAST, base=base))
+    assert [(stage.name, stage.height) for stage in stages] == [("base", 128), ("upsample", 512)]
 
 
 def test_upsample_is_the_bicubic_enlargement_of_the_decoded_base(backbone):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import hires
 from hires import layout, shards
-from hires.cascade import _check_stages
+from hires.checks import check_stages
 from hires.cli import main
 from hires.config import load_config
 from hires.errors import HiresError
@@ -49,7 +49,7 @@ def test_every_study_can_be_made(path, backbones):
             base, *sizes = stage_sizes(*sizes[0], *base[:1], backbone.size_multiple, variant.stages)
         if variant.denoise:
             latents = [backbone.latent_size(*size) for size in sizes]
-            _check_stages(backbone, variant, sampling, latents, backbone.latent_size(*base))
+            check_stages(backbone, variant, sampling, latents, backbone.latent_size(*base))
 
 
 def test_studies_lie_side_by_side():

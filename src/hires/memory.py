@@ -235,7 +235,8 @@ def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, A
 
 
 def _stages(backbone: "Backbone", row: Row, steps: int, vae_tiling: bool | None = None) -> Iterator[dict[str, Any]]:
-    from hires.cascade import Meter, cascade
+    from hires.cascade import cascade
+    from hires.execution.meter import Meter
     from hires.settings import Sampling
 
     watch, variant = _Watch(backbone.device.type == "cuda"), VARIANTS[row.variant]

@@ -121,6 +121,19 @@ class Sampling(BaseModel):
             return None
         return _stage_steps(self.num_inference_steps, self.tau)
 
+    def attention_options(self, kind: str) -> dict[str, Any]:
+        """What `use_attention` is told for a kind, but for random shifts and Scale-DiT's guidance."""
+        if kind == "npa":
+            return {
+                "text_rows": self.text_rows,
+                "backend": self.attention_backend,
+                "window_scale": self.window_scale,
+                "window_overlap": self.window_overlap,
+            }
+        if kind == "scale_dit":
+            return {**self.local_attention(), "guidance_neighbours": self.lr_neighbours}
+        return {}
+
     def local_attention(self) -> dict[str, Any]:
         """What both passes of Scale-DiT are told: radius or window, order, backend. A window replaces the radius."""
         return {

@@ -12,7 +12,7 @@ from typing import Literal
 
 from hires.errors import HiresError
 
-Size = tuple[int, int]  # (height, width) in pixels
+Size = tuple[int, int]  # (height, width), in pixels where nothing else is said
 
 
 def base_size(height: int, width: int, base_resolution: int, multiple: int) -> Size | None:
@@ -107,6 +107,17 @@ def check_multiple(height: int, width: int, multiple: int) -> None:
         raise HiresError(
             f"size {height}x{width} (height x width): sides must be multiples of {multiple} px, for example {h}x{w}"
         )
+
+
+def low_resolution_size(size: Size, ratio: float) -> Size:
+    """Size of the image that guides a Scale-DiT stage, both in latent pixels; HiresError unless it has whole tokens."""
+    low = size[0] / ratio, size[1] / ratio
+    if any(side < 2 or side % 2 for side in low):
+        raise HiresError(
+            f"lr_ratio = {ratio:g}: a stage of {size[0]}x{size[1]} latent pixels would be guided by "
+            f"{low[0]:g}x{low[1]:g}: sides must be even; choose another size or ratio"
+        )
+    return int(low[0]), int(low[1])
 
 
 def parse_size(text: str) -> Size:

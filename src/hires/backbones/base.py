@@ -130,10 +130,13 @@ class Backbone(ABC):
         step: int,
         conditioning: Conditioning,
         sampling: Resolved,
-        told_size: tuple[int, int],
+        target_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
-        """Model output (B, C, H, W) in float32, guidance applied. `told_size` is for SDXL's size conditioning, px."""
+        """Model output (B, C, H, W) in float32, guidance applied.
+
+        `target_size`: (height, width) in pixels, which SDXL's conditioning is told as its original and target size.
+        """
 
     def low_resolution_guidance(
         self, latents: Tensor, size: tuple[int, int], conditioning: Conditioning, sampling: Resolved

@@ -176,7 +176,7 @@ class Flux(PackedTransformer):
         step: int,
         conditioning: Conditioning,
         sampling: Resolved,
-        told_size: tuple[int, int],
+        target_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
         """Velocity. Positions are those of the tensor's own grid, so a MultiDiffusion view has them as in training."""

@@ -78,7 +78,7 @@ class Flux2Klein(PackedTransformer):
         step: int,
         conditioning: Conditioning,
         sampling: Resolved,
-        told_size: tuple[int, int],
+        target_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
         """Velocity, combined by classifier-free guidance where the model has it."""

@@ -139,7 +139,7 @@ class SDXL(Backbone):
         step: int,
         conditioning: Conditioning,
         sampling: Resolved,
-        told_size: tuple[int, int],
+        target_size: tuple[int, int],
         control: Control | None = None,
     ) -> Tensor:
         """CFG-combined prediction. Rows of the model's batch: all unconditional ones, then all conditional ones."""
@@ -151,7 +151,7 @@ class SDXL(Backbone):
         if guided:
             latents = torch.cat([latents, latents])
         text = rows("prompt_embeds")
-        time_ids = torch.tensor([[*told_size, 0, 0, *told_size]], dtype=text.dtype)
+        time_ids = torch.tensor([[*target_size, 0, 0, *target_size]], dtype=text.dtype)
         time_ids = time_ids.to(latents.device, non_blocking=True)  # the host goes on
         told: dict[str, Any] = {"text_embeds": rows("pooled"), "time_ids": time_ids.expand(len(latents), -1)}
         inputs = schedule.scale_model_input(latents, step).to(self.dtype)

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hires.attention import use_attention
 from hires.backbones import load
 from hires.backbones.base import Backbone
-from hires.cascade import attention_options
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
 from hires.speed.steps import PROMPT, Contender
@@ -40,7 +39,7 @@ def step(backbone: Backbone, contender: Contender, side: int) -> dict[str, int]:
     schedule = backbone.schedule(sampling, base)
     schedule.timesteps = schedule.timesteps.to("meta")
     found: dict[str, int] = {}
-    options = attention_options(variant, sampling)
+    options = sampling.attention_options(variant.attention)
     if variant.attention == "scale_dit":
         low = (int(size[0] / sampling.lr_ratio), int(size[1] / sampling.lr_ratio))
         with FlopCounterMode(display=False) as counter:

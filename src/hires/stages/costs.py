@@ -71,7 +71,8 @@ def _measured(config: Config, images: ImageSet) -> bool:
 
 def _measure(config: Config, images: ImageSet, device: str) -> dict[str, Any]:
     from hires.additions.adapters import adapter_digests
-    from hires.cascade import Meter, cascade, decode
+    from hires.cascade import cascade, decode
+    from hires.execution.meter import Meter
 
     variant = config.variants()[images.variant]
     backbone = models.load(config, images.backbone, device)

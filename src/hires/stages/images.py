@@ -150,7 +150,8 @@ class _Maker:
     def _make(self, batch: Sequence[Item], todo: Sequence[bool]) -> list[Future]:
         from hires_kernels import watch
 
-        from hires.cascade import Meter, cascade, decode
+        from hires.cascade import cascade, decode
+        from hires.execution.meter import Meter
 
         prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
         height, width = self.images.height, self.images.width
