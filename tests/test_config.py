@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hires.config import Config, ImageSet, json_schema, load_config, with_key_table
+from hires.config import Config, ImageSet, load_config
+from hires.config.keys import json_schema, with_key_table
 from hires.errors import HiresError
 from hires.variants import VARIANTS
 

@@ -221,7 +221,7 @@ def test_an_image_without_all_its_parts_has_no_row(on_gpu):
 
 def test_promotion_takes_a_gpus_parts_and_writes_the_readme(on_gpu, tmp_path):
     target, readme = tmp_path / "reference", tmp_path / "README.md"
-    readme.write_text(f"before\n{summary.BLOCK[0]}\nold\n{summary.BLOCK[1]}\nafter\n")
+    readme.write_text("before\n<!-- speed: … -->\nold\n<!-- /speed -->\nafter\n")
     summary.promote(on_gpu, target, readme)
     assert (target / "parts" / "flux-dev-4096.json").is_file() and (target / "tables" / "ratios.md").is_file()
     text = readme.read_text()

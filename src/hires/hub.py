@@ -28,7 +28,6 @@ from hires.errors import HiresError
 CLIP_FILES = ["config.json", "model.safetensors", "*token*.json", "vocab.json", "merges.txt"]
 CONTROLNET_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 LOCAL = "fetch it elsewhere (hf download) and give its folder"
-RIGHTS = "https://huggingface.co/settings/tokens"
 NO_PIPELINE = "it is no diffusers pipeline with safetensors weights"
 LOGIN = "hf auth login, or HF_TOKEN in the environment"
 

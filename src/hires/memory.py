@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from hires.config import Name, Names, Section, Size, load_section
 from hires.errors import HiresError, unknown
 from hires.execution.devices import without_fragments
+from hires.files.blocks import with_block
 from hires.files.storage import digest, read_json, replacing, write_json
 from hires.sizes import parse_size, stage_sizes
 from hires.variants import VARIANTS
@@ -397,7 +398,6 @@ def write_tables(folder: Path) -> Path:
 
 
 REFERENCE = Path("results/reference/memory")
-BEGIN, END = "<!-- memory: written by hires promote memory -->", "<!-- /memory -->"
 UNMEASURED = "*Not measured yet: `hires memory` on a GPU, then `hires promote memory`, fill this in.*\n"
 
 
@@ -424,8 +424,7 @@ def promote(source: Path, readme: Path = Path("README.md")) -> Path:
 
 def readme_with_table(text: str, csv: Path) -> str:
     """The README with its table of ScaleDiff's rows drawn from `csv`, or with a line that says that there are none."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{_readme_table(csv)}{END}{rest.split(END)[1]}"
+    return with_block(text, "memory", _readme_table(csv))
 
 
 def _readme_table(csv: Path) -> str:

@@ -51,13 +51,15 @@ class Sampling(BaseModel):
     prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
     max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 or language model")
     tau: float | None = Field(
-        None, gt=0, le=1000, description="step index in thousandths of the schedule at which a stage starts"
+        None, gt=0, le=1000, description="a stage is noised to τ and runs the last round(N·τ/1000) of N steps"
     )
     low_pass: LowPass = Field("bilinear", description="low-pass filter of LFM and SG")
     lfm_factor: float | None = Field(None, gt=0, le=1, description="LFM's low-pass frequency factor f")
     sg_factor: float | None = Field(None, gt=0, le=1, description="SG's low-pass frequency factor f")
     upsampling: Interpolation = Field("bicubic", description="interpolation of z_LU and of the decoded image")
-    reference: Literal["rgb", "latent"] = Field("rgb", description="Z_ref when LFM is off: z_RU or z_LU")
+    reference: Literal["rgb", "latent"] = Field(
+        "rgb", description="Z_ref where LFM is off: z_RU (rgb) or z_LU (latent)"
+    )
     posterior: Literal["mode", "sample"] = Field("mode", description="VAE posterior on encode")
     gamma: Gamma | None = Field(
         None, description="SG weight over the schedule: normalised, t_raw; SDXL: one_minus_alpha_bar; FLUX: sigma"
@@ -68,14 +70,16 @@ class Sampling(BaseModel):
         ge=0,
         description="DiffuseHigh: first steps of a stage that are guided; default: a third (theirs: 5 of 15)",
     )
-    text_rows: Literal["patch", "global"] = Field("patch", description="how text queries see the image under NPA")
+    text_rows: Literal["patch", "global"] = Field(
+        "patch", description="NPA: text queries see each window, then the mean (patch), or all once"
+    )
     window_scale: float = Field(1.0, gt=0, description="NPA: side of the windows over that of the base's token grid")
     window_overlap: float = Field(0.5, ge=0, lt=1, description="NPA: share that neighbouring windows overlap")
     random_shift: bool = Field(False, description="NPA query window random shifting (ScaleDiff, appendix B.1)")
     local_radius: int | None = Field(None, ge=1, description="Scale-DiT: tokens that a token sees to each side")
     local_window: int | None = Field(None, ge=1, description="Scale-DiT: side of fixed windows, in place of the radius")
     token_order: Literal["hilbert", "morton", "window", "raster"] = Field(
-        "hilbert", description="Scale-DiT: token order"
+        "hilbert", description="Scale-DiT: order of the tokens in the kernel; outputs differ by rounding"
     )
     lr_ratio: float = Field(4.0, ge=1, description="Scale-DiT: side of a stage over that of the image that guides it")
     lr_keys: bool = Field(True, description="Scale-DiT: see the low-resolution image; false is an ablation")
@@ -92,13 +96,15 @@ class Sampling(BaseModel):
     )
     view_overlap: float = Field(0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap")
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
-    time_ids: Literal["target", "base"] = Field("target", description="size that SDXL's conditioning is told")
+    time_ids: Literal["target", "base"] = Field("target", description="SDXL: original_size and target_size")
     vae_tiling: bool | None = Field(None, description="tile the VAE; default: above 4 times the base area")
     linears: Literal["full", "fp8"] = Field("full", description="fp8: linear layers of the blocks in 8 bits")
     step_cache: int | None = Field(
         None, ge=2, description="FLUX.1: compute every n-th step (and the first 3), extrapolate the others"
     )
-    attention_backend: str = Field("auto", description="hires_kernels backend")
+    attention_backend: str = Field(
+        "auto", description="backend of hires_kernels: auto, gluon, triton, sdpa, reference, flex"
+    )
 
     @classmethod
     def of(cls, **fields) -> Self:

@@ -15,9 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hires.config import load_config, parse_size
+    from hires.config import load_config
     from hires.errors import HiresError
     from hires.execution.devices import locked_device
+    from hires.sizes import parse_size
     from hires.stages import features
 
     config, size = load_config(args.config), parse_size(args.size)

@@ -82,14 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--preset", help="fast: 8-bit linear layers, cheaper text rows, extrapolated steps; --set goes over it"
     )
-    parser.epilog = (
-        f"settings of --set, where the default is the model's own or as config/README.md says:\n\n{_settings_help()}"
-    )
+    parser.epilog = f"settings of --set; a default that isn't told is the model's own:\n\n{_settings_help()}"
 
 
 def _settings_help() -> str:
-    """A line for each sampling setting, for a terminal of 80 columns."""
-    lines = [f"{name:<22}{field.description}" for name, field in Sampling.model_fields.items()]
+    """What every sampling setting means, may be and is by default, for a terminal of 80 columns."""
+    from hires.config.keys import type_name
+
+    lines = []
+    for name, field in Sampling.model_fields.items():
+        allowed = type_name(field.annotation).removesuffix(" or null")
+        default = "" if field.default in (None, "") else f"; default: {str(field.default).lower()}"
+        lines.append(f"{name:<22}{field.description} ({allowed}{default})")
     return "\n".join(fill(line, 79, initial_indent="  ", subsequent_indent=" " * 24) for line in lines)
 
 

@@ -10,7 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hires.config import load_config, parse_size
+    from hires.config import load_config
+    from hires.sizes import parse_size
     from hires.stages import references
 
     references.run(load_config(args.config), *parse_size(args.size))

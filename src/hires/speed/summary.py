@@ -1,6 +1,7 @@
 """From the parts' files to tables: single measurements, images composed of them, ratios beside what was published."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import pandas as pd
 from hires.analysis.tables import markdown
 from hires.errors import HiresError
 from hires.execution.step_cache import computed_steps
+from hires.files.blocks import with_block
 from hires.files.storage import read_json, write_text
 from hires.settings import PRESETS
 from hires.speed.settings import cascade_steps
 
 Row = dict[str, Any]
-SCALE_DIT = (28, 18)  # its paper: of the low-resolution image, and dense at full size; of the high-resolution stage
+SCALE_DIT_STEPS = (
+    28,
+    18,
+)  # its paper: of the low-resolution image, and dense at full size; of the high-resolution stage
 
 
 def write(folder: Path) -> str:
@@ -45,9 +50,6 @@ def write(folder: Path) -> str:
     return "\n".join([*written, footnote(rows)])
 
 
-BLOCK = "<!-- speed: written by hires promote speed -->", "<!-- /speed -->"
-
-
 def readme_block(folder: Path) -> str:
     """What the README says of speed: seconds an image and ratios, sizes side by side; or that there is nothing yet."""
     if not (folder / "parts").is_dir():
@@ -74,8 +76,7 @@ def _by_size(table: pd.DataFrame, what: str, value: str, header: str) -> pd.Data
 
 def in_readme(text: str, folder: Path) -> str:
     """The README with its block about speed written anew."""
-    before, rest = text.split(BLOCK[0])
-    return f"{before}{BLOCK[0]}\n{readme_block(folder)}\n{BLOCK[1]}{rest.split(BLOCK[1])[1]}"
+    return with_block(text, "speed", f"{readme_block(folder)}\n")
 
 
 def promote(source: Path, target: Path, readme: Path) -> None:
@@ -227,7 +228,7 @@ def composed(rows: pd.DataFrame) -> pd.DataFrame:
                 found.append((model, side, "equal steps", name, measured.jump(contender, base, side, many, few)))
             found.append((model, side, "the papers' own", "dense-direct", measured.direct("dense", side, many)))
             if "scale-dit" in set(table["contender"]):
-                whole, part = SCALE_DIT
+                whole, part = SCALE_DIT_STEPS
                 own = measured.jump("scale-dit", base, side, whole, part)
                 found.append((model, side, "the papers' own", "scale-dit", own))
                 own = measured.direct("dense", side, whole)
@@ -337,27 +338,41 @@ def shown(images: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-# figure, numerator, denominator, setting: "step" or that of images
+@dataclass(frozen=True)
+class Ratio:
+    """A factor between two contenders: seconds of `over` ÷ seconds of `under`.
+
+    `of`: "step", or a setting of `composed`. `published`: what a paper prints, for a model and side in pixels.
+    """
+
+    figure: str
+    over: str
+    under: str
+    of: str
+    published: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
 RATIOS = (
-    ("scalediff step, multidiffusion ÷ scalediff", "multidiffusion", "scalediff", "step"),
-    ("scalediff step, dense ÷ scalediff", "dense", "scalediff", "step"),
-    ("scalediff step ÷ attention left out", "scalediff", "attention-free", "step"),
-    ("scale-dit step, dense ÷ scale-dit", "dense", "scale-dit", "step"),
-    ("scalediff image, multidiffusion ÷ scalediff", "multidiffusion", "scalediff", "equal steps"),
-    ("scalediff image, dense ÷ scalediff", "dense", "scalediff", "equal steps"),
-    ("fp8 image, multidiffusion ÷ scalediff-fp8", "multidiffusion", "scalediff-fp8", "equal steps"),
-    ("fast image, multidiffusion ÷ scalediff-fast", "multidiffusion", "scalediff-fast", "equal steps"),
-    ("scale-dit image, dense-jump ÷ scale-dit", "dense-jump", "scale-dit", "equal steps"),
-    ("scale-dit image, 28 dense steps ÷ scale-dit", "dense-direct, 28 steps", "scale-dit", "the papers' own"),
-)
-PUBLISHED = {  # model, size, figure -> factor printed in the paper
-    ("flux-dev", 4096, RATIOS[4][0]): 2.8,
-    ("flux-dev", 4096, RATIOS[3][0]): 2.29,
-    ("flux-dev", 8192, RATIOS[3][0]): 6.93,
-    ("flux-dev", 8192, RATIOS[9][0]): 10.77,
-    ("sdxl", 4096, RATIOS[4][0]): 2.1,
-    ("sdxl", 4096, RATIOS[5][0]): 1.64,
-}
+    Ratio("scalediff step, multidiffusion ÷ scalediff", "multidiffusion", "scalediff", "step"),
+    Ratio("scalediff step, dense ÷ scalediff", "dense", "scalediff", "step"),
+    Ratio("scalediff step ÷ attention left out", "scalediff", "attention-free", "step"),
+    Ratio(
+        "scale-dit step, dense ÷ scale-dit", "dense", "scale-dit", "step",
+        {("flux-dev", 4096): 2.29, ("flux-dev", 8192): 6.93},
+    ),
+    Ratio(
+        "scalediff image, multidiffusion ÷ scalediff", "multidiffusion", "scalediff", "equal steps",
+        {("flux-dev", 4096): 2.8, ("sdxl", 4096): 2.1},
+    ),
+    Ratio("scalediff image, dense ÷ scalediff", "dense", "scalediff", "equal steps", {("sdxl", 4096): 1.64}),
+    Ratio("fp8 image, multidiffusion ÷ scalediff-fp8", "multidiffusion", "scalediff-fp8", "equal steps"),
+    Ratio("fast image, multidiffusion ÷ scalediff-fast", "multidiffusion", "scalediff-fast", "equal steps"),
+    Ratio("scale-dit image, dense-jump ÷ scale-dit", "dense-jump", "scale-dit", "equal steps"),
+    Ratio(
+        "scale-dit image, 28 dense steps ÷ scale-dit", "dense-direct, 28 steps", "scale-dit", "the papers' own",
+        {("flux-dev", 8192): 10.77},
+    ),
+)  # fmt: skip
 
 
 def ratios(rows: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
@@ -367,12 +382,12 @@ def ratios(rows: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat([by_step, images[["model", "size", "setting", "contender", "seconds"]]], ignore_index=True)
     table = table[table["seconds"].notna()]
     for (model, size), group in table.groupby(["model", "size"]):
-        for figure, over, under, setting in RATIOS:
-            values = group[group["setting"] == setting].set_index("contender")["seconds"].astype(float)
-            if over in values and under in values:
-                printed = PUBLISHED.get((str(model), int(size), figure))
-                factor = f"{values[over] / values[under]:.3g}"
-                entry = {"model": model, "size": size, "figure": figure, "factor": factor}
+        for ratio in RATIOS:
+            values = group[group["setting"] == ratio.of].set_index("contender")["seconds"].astype(float)
+            if ratio.over in values and ratio.under in values:
+                printed = ratio.published.get((str(model), int(size)))
+                factor = f"{values[ratio.over] / values[ratio.under]:.3g}"
+                entry = {"model": model, "size": size, "figure": ratio.figure, "factor": factor}
                 found.append({**entry, "published": "" if printed is None else f"{printed:g}"})
     return pd.DataFrame(found)
 

@@ -1,29 +1,19 @@
-"""The configuration: one typed model of everything that a reproduction is made from.
+"""Every key of a configuration with its type, default and meaning, and the image sets that follow from them."""
 
-`load_config` reads a YAML file, validates it once and turns every mistake into one line that says where it is, what was
-given and what is allowed. `python -m hires.config` writes the JSON schema and the table of keys in `config/README.md`.
-"""
-
-import json
-import re
-import types
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from hires.errors import HiresError, redacted, unknown
-from hires.files.untrusted import read_yaml
+from hires.errors import HiresError, unknown
 from hires.settings import Sampling
 from hires.sizes import check_multiple, parse_size, stage_sizes
 from hires.variants import VARIANTS, Variant
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # one expression for schema, file names and Snakemake wildcards
+NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # part of file names
 SIZE = r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}"
-HINTS = {  # what a pattern means, for the error and the README
+HINTS = {  # what a pattern means, for the error
     f"^{NAME}$": "letters, digits and . _ + -, starting with a letter or digit, at most 100",
     f"^{SIZE}$": "height x width in pixels, such as 512x768",
     "^(auto|cpu|cuda(:[0-9]+)?)$": "auto, cpu, cuda or cuda:N",
@@ -241,10 +231,10 @@ class Config(Section):
         for name, study in self.studies.items():
             for backbone in study.backbones:
                 if backbone not in self.backbones:
-                    raise _at(f"studies.{name}.backbones", unknown("backbone", backbone, self.backbones))
+                    raise at(f"studies.{name}.backbones", unknown("backbone", backbone, self.backbones))
             for variant in study.variants:
                 if variant not in self.variants():
-                    raise _at(f"studies.{name}.variants", unknown("variant", variant, self.variants()))
+                    raise at(f"studies.{name}.variants", unknown("variant", variant, self.variants()))
             for size, n in study.sizes.items():
                 place = f"studies.{name}.sizes.{size}"
                 if n > self.prompts.n:
@@ -266,7 +256,7 @@ class Config(Section):
             else:
                 check_multiple(height, width, entry.size_multiple)
         except HiresError as error:
-            raise _at(place, error) from None
+            raise at(place, error) from None
 
     def _check_names(self, name: str, study: Study) -> None:
         for setting in sorted(SETTINGS_TAKEN & set(study.settings)):
@@ -280,7 +270,7 @@ class Config(Section):
                     try:
                         self.sampling(name, setting, backbone).stage_steps()
                     except HiresError as error:
-                        raise _at(f"studies.{name}.settings.{setting} ({backbone})", error) from None
+                        raise at(f"studies.{name}.settings.{setting} ({backbone})", error) from None
 
     @model_validator(mode="after")
     def _amounts(self) -> Self:
@@ -375,208 +365,6 @@ class ImageSet:
         return {name: getattr(self, name) for name in names}
 
 
-Root = TypeVar("Root", bound=Section)
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read, merge (`extends`, then `overrides`) and validate a configuration.
-
-    What is merged into a section with fixed keys replaces single keys; tables of your own names (backbones, variants,
-    studies, notebooks) and lists are replaced as a whole. HiresError, one line, for anything that isn't right.
-    """
-    return load_section(path, Config, overrides)
-
-
-def load_section(path: str | Path, model: type[Root], overrides: Mapping[str, Any] | None = None) -> Root:
-    """`load_config` for a YAML file of any kind; `extends` is for kinds that have the key."""
-    data = _merge(_read(Path(path), (), model), overrides or {}, model)
-    _check_secrets(data)
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise HiresError(f"{path}: {_one_line(error, model)}") from None
-
-
-def _check_secrets(value: Any) -> None:
-    """A configuration is stored beside its results and shown in the report."""
-    if isinstance(value, Mapping | list):
-        for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            _check_secrets(part)
-    elif isinstance(value, str) and redacted(value) != value:
-        raise HiresError(f"{value!r}: a token or password has no place in a configuration: use hf auth login")
-
-
-def _read(path: Path, chain: tuple[Path, ...], model: type[Section]) -> dict[str, Any]:
-    try:
-        here = path.resolve()
-        if here in chain:
-            raise HiresError(f"{path}: extends itself, by way of {chain[-1].name}")
-        data = read_yaml(path)
-    except HiresError:
-        raise
-    except FileNotFoundError:
-        others = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "no .yaml files"
-        named = f" (named by extends in {chain[-1].name})" if chain else ""
-        raise HiresError(f"configuration {path}{named} does not exist; {path.parent} holds: {others}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a name that can't be one, links in a circle
-        raise HiresError(f"configuration {path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(data, dict):
-        given = "empty" if data is None else f"a {type(data).__name__}"
-        raise HiresError(f"{path}: must be a mapping of keys ({', '.join(_keys(model))}), but it is {given}")
-    if "extends" in model.model_fields and isinstance(data.get("extends"), str):
-        data = _merge(_read(path.parent / data["extends"], (*chain, here), model), data, model)
-    return data
-
-
-def _merge(base: Mapping[str, Any], edit: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in edit.items():
-        section: Any = _keys(model).get(key)
-        mappings = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-        if mappings and isinstance(section, type) and issubclass(section, Section):
-            value = _merge(base[key], value, section)
-        merged[key] = value
-    return merged
-
-
-def _keys(model: type[BaseModel]) -> dict[str, Any]:
-    """Key as written in YAML -> type."""
-    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
-
-
-def _at(place: str, error: HiresError) -> HiresError:
+def at(place: str, error: HiresError) -> HiresError:
+    """The same mistake, told with its place."""
     return HiresError(f"{place}: {error}")
-
-
-def _one_line(error: ValidationError, root: type[Section]) -> str:
-    """The first mistake in a validation error, in our words."""
-    mistakes = error.errors(include_url=False)
-    first, more = mistakes[0], len(mistakes) - 1
-    names = [str(part) for part in first["loc"] if part != "[key]"]
-    place, given, kind = ".".join(names), first["input"], first["type"]
-    shown = "null" if given is None else repr(given)
-    if kind == "extra_forbidden":
-        allowed = _keys(_model_at(names[:-1], root))
-        text = str(_at(place, unknown("key", names[-1], allowed)))
-    elif kind == "missing":
-        text = f"{place}: missing; {_description(names, root)}"
-    elif kind == "value_error":
-        cause = first["ctx"]["error"]
-        text = f"{place}: {cause}" if place else str(cause)
-    elif kind == "literal_error":
-        text = f"{place} = {shown}: {_nearest(given, first['ctx']['expected'])}"
-    elif kind == "string_pattern_mismatch":
-        text = f"{place} = {shown}: write {HINTS[first['ctx']['pattern']]}"
-    elif kind in ("model_type", "dict_type", "model_attributes_type"):
-        text = f"{place} = {shown}: must be a mapping, key: value"
-    elif kind == "too_short":
-        text = f"{place}: must not be empty; {_description(names, root)}"
-    elif kind == "string_type":
-        text = f"{place} = {shown}: must be text; quote it: {str(given)!r}"
-    else:
-        text = f"{place} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]} ({_description(names, root)})"
-    return text + (f" (and {more} more mistake{'s' * (more > 1)})" if more else "")
-
-
-def _nearest(given: Any, expected: str) -> str:
-    near = get_close_matches(str(given), re.findall(r"'([^']*)'", expected), n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"allowed: {expected.replace(chr(39), '')}"
-
-
-def _walk(names: Iterable[str], root: type[Section]) -> Iterator[tuple[Any, str]]:
-    """(type, description) at each step from the root along the names of a place."""
-    here: Any = root
-    for name in names:
-        here = _plain(here)
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            fields = {field.alias or key: field for key, field in here.model_fields.items()}
-            if name not in fields:
-                return
-            here, description = fields[name].annotation, fields[name].description or ""
-        else:
-            here, description = (get_args(here) or (Any,))[-1], ""
-        yield here, description
-
-
-def _plain(kind: Any) -> Any:
-    """Without Annotated and None."""
-    while get_origin(kind) is Annotated or get_origin(kind) in (Union, types.UnionType):
-        kind = next(k for k in get_args(kind) if k is not type(None))
-    return kind
-
-
-def _model_at(names: list[str], root: type[Section]) -> type[BaseModel]:
-    return _plain([root, *(kind for kind, _ in _walk(names, root))][-1])
-
-
-def _description(names: list[str], root: type[Section]) -> str:
-    return next((text for _, text in reversed(list(_walk(names, root))) if text), "")
-
-
-def json_schema() -> str:
-    """The configuration's JSON schema, for editors."""
-    schema = Config.model_json_schema(by_alias=True)
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
-
-
-def key_table() -> str:
-    """The Markdown table of all keys for config/README.md."""
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(Config, "")]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in model.model_fields.items():
-        key, kind = prefix + (field.alias or name), _plain(field.annotation)
-        inner = _plain(get_args(kind)[-1]) if get_origin(kind) is dict else kind
-        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
-        default = "required" if field.is_required() else "" if nested or get_origin(kind) is dict else _yaml(field)
-        yield f"`{key}`", _type_name(field.annotation), default, field.description or ""
-        if nested and inner not in (Sampling, Variant):
-            yield from _rows(inner, f"{key}.{'<name>.' if inner is not kind else ''}")
-    if prefix == "":
-        yield from _rows(Sampling, "<sampling>.")
-        yield from _rows(Variant, "<variant>.")
-
-
-def _yaml(field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
-    return f"`{'null' if default is None else json.dumps(default, ensure_ascii=False)}`"
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_type_name(k) for k in get_args(kind))
-    kind = _plain(kind)
-    if get_origin(kind) is Literal:
-        return ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is list:
-        return f"list of {_type_name(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        key, value = get_args(kind)
-        named = {f"^{SIZE}$": "size"}.get(next((m.pattern for m in getattr(key, "__metadata__", ())), ""), "name")
-        return f"{named} → {_type_name(value)}"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {"Sampling": "sampling", "Variant": "variant"}.get(kind.__name__, "section")
-    return {str: "text", int: "integer", float: "number", bool: "true, false", type(None): "null"}.get(kind, "value")
-
-
-BEGIN, END = "<!-- keys: written by python -m hires.config -->", "<!-- /keys -->"
-
-
-def with_key_table(readme: str) -> str:
-    """config/README.md with its table of keys brought up to date."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{key_table()}{END}{rest.split(END)[1]}"
-
-
-def main(folder: Path = Path("config")) -> None:
-    """Write config/schema.json and the table of keys in config/README.md."""
-    readme = folder / "README.md"
-    (folder / "schema.json").write_text(json_schema(), encoding="utf-8")
-    readme.write_text(with_key_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,3 @@
+from hires.config.keys import main
+
+main()
