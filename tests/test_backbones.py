@@ -566,9 +566,12 @@ def test_random_weights_without_text_encoders(folder):
     backbone = load(folder, device="cpu", weights="random")
     sampling = Sampling(max_sequence_length=8).over(backbone.defaults)
     one = backbone.encode_prompt(["a", "b"], sampling)
-    assert {name: tuple(t.shape) for name, t in one.items()} == {"prompt_embeds": (2, 8, 128), "pooled": (2, 128)}
-    assert torch.equal(one["pooled"][1:], backbone.encode_prompt(["b"], sampling)["pooled"])
-    assert not torch.equal(one["pooled"][0], one["pooled"][1])
+    assert {name: tuple(t.shape) for name, t in one.items()} == {
+        "prompt_embeds": (2, 8, 128),
+        "pooled_prompt_embeds": (2, 128),
+    }
+    assert torch.equal(one["pooled_prompt_embeds"][1:], backbone.encode_prompt(["b"], sampling)["pooled_prompt_embeds"])
+    assert not torch.equal(one["pooled_prompt_embeds"][0], one["pooled_prompt_embeds"][1])
 
 
 def refusal(*args, **options):

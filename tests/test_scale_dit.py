@@ -210,7 +210,7 @@ def test_a_window_replaces_the_radius_in_both_passes(pipe):
     torch.manual_seed(1)
     latents, pooled = torch.randn(2, 16, 16, 16), torch.randn(2, 128)
     sampling = Sampling(local_radius=2, local_window=8).over(backbone.defaults)
-    given = backbone.low_resolution_guidance(latents, (32, 32), {"pooled": pooled}, sampling)
+    given = backbone.low_resolution_guidance(latents, (32, 32), {"pooled_prompt_embeds": pooled}, sampling)
     wide, narrow = (
         low_resolution_pass(pipe.transformer, pack(latents), pooled, low_size=(16, 16), size=(32, 32), **reach)
         for reach in ({"window": 8}, {"radius": 2})

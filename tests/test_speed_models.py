@@ -131,7 +131,11 @@ def test_counted_flop_of_the_full_models(model):
     backbone = load(model, "meta", "bfloat16", weights="random")
     backbone.schedule = load(f"tiny-{model.split('-')[0]}", "cpu", weights="random").schedule  # with numbers in it
     texts = {"flux-dev": ((512, 4096), (768,)), "sdxl": ((77, 2048), (1280,))}[model]
-    tensors = dict(zip(("prompt_embeds", "pooled"), (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in texts)))
+    tensors = dict(
+        zip(
+            ("prompt_embeds", "pooled_prompt_embeds"), (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in texts)
+        )
+    )
     negative = {f"negative_{name}": x for name, x in tensors.items()} if model == "sdxl" else {}
     backbone.encode_prompt = lambda prompts, sampling: {**tensors, **negative}
     names = ["scalediff", "multidiffusion", "dense"] + ["scale-dit"] * (model == "flux-dev")

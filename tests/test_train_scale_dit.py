@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_velocity_which_inference_predicts(backbone):
     terms = []
     for i in range(2):
         z, low, noise, t, embeds, pooled = (x[i : i + 1] for x in batch)
-        text = {"prompt_embeds": embeds, "pooled": pooled}
+        text = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         with adapter_switched(backbone.model, ADAPTER, on=True):
             guidance = backbone.low_resolution_guidance(low, (16, 16), text, sampling)
         schedule = SimpleNamespace(timesteps=t * 1000)

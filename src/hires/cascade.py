@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
 
-from hires.additions.adapters import SCALE_DIT, adapter_switched
+from hires.additions.adapters import SCALE_DIT_ADAPTER, adapter_switched
 from hires.additions.extras import NO_EXTRAS, Control, Extras
 from hires.attention import AttentionHandle, Guidance, attention_layers, draw_shifts, use_attention
 from hires.attention.bands import divided
@@ -101,7 +101,7 @@ class Run:
     @property
     def adapter(self) -> str:
         """The LoRA that is on for Scale-DiT's low-resolution image and off for everything else."""
-        return self.variant.adapter or SCALE_DIT
+        return self.variant.adapter or SCALE_DIT_ADAPTER
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Clean latents (n, C, h, w) of images (n, 3, H, W) in [−1, 1]."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,12 @@ BASE_SETTINGS = (
 class BaseSet:
     """Base latents shared by every image set of one backbone, base size and base-relevant settings.
 
-    `study` and `setting` name one of the settings that share it: `config.sampling(study, setting, backbone)`.
+    Attributes:
+        height, width: of the base, in pixels.
+        key: digest of the model and of the settings in `BASE_SETTINGS`.
+        n, seeds: the first n prompts, each with every seed.
+        study, setting: of one of the settings that share it (`config.sampling(study, setting, backbone)`).
+        target_height, target_width: of one of the sizes that begin with this base, in pixels.
     """
 
     backbone: str
@@ -232,17 +237,9 @@ def base_of(config: Config, images: ImageSet) -> BaseSet | None:
     content |= {name: getattr(entry, name) for name in ("model", "weights", "dtype")}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return BaseSet(
-        images.backbone,
-        height,
-        width,
-        key,
-        images.n,
-        images.seeds,
-        images.study,
-        images.setting,
-        images.height,
-        images.width,
-    )
+        images.backbone, height, width, key, images.n, images.seeds,
+        images.study, images.setting, images.height, images.width,
+    )  # fmt: skip
 
 
 def base_sets(config: Config) -> list[BaseSet]:
@@ -253,7 +250,7 @@ def base_sets(config: Config) -> list[BaseSet]:
         if place in merged:
             first = merged[place]
             seeds = tuple(sorted({*first.seeds, *base.seeds}))
-            base = BaseSet(**{**first.__dict__, "n": max(first.n, base.n), "seeds": seeds})
+            base = replace(first, n=max(first.n, base.n), seeds=seeds)
         merged[place] = base
     return list(merged.values())
 

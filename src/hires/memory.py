@@ -185,14 +185,14 @@ def prepared(load: Load, device: str, adapter: bool) -> "Backbone":
 def _add_adapter(backbone: "Backbone") -> None:
     from peft import LoraConfig
 
-    from hires.additions.adapters import SCALE_DIT, switch_adapter
+    from hires.additions.adapters import SCALE_DIT_ADAPTER, switch_adapter
     from hires.training.scale_dit_config import Lora
 
     shape = Lora()
     backbone.model.add_adapter(
-        LoraConfig(r=shape.rank, lora_alpha=int(shape.alpha), target_modules=shape.targets), SCALE_DIT
+        LoraConfig(r=shape.rank, lora_alpha=int(shape.alpha), target_modules=shape.targets), SCALE_DIT_ADAPTER
     )
-    switch_adapter(backbone.model, SCALE_DIT, on=False)
+    switch_adapter(backbone.model, SCALE_DIT_ADAPTER, on=False)
 
 
 def image(backbone: "Backbone", row: Row, load: Load, steps: int) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class _StageNoise(_Family, ModularPipelineBlocks):
             InputParam("reference_latents", required=True, type_hint=Tensor),
             InputParam("base_size", required=True),
             InputParam("generator"),
-            InputParam("tau", type_hint=float, description="step index in thousandths at which the stage starts"),
+            InputParam("tau", type_hint=float, description=Sampling.model_fields["tau"].description),
             InputParam("num_inference_steps", required=True, type_hint=int, description="steps of the whole schedule"),
             InputParam("schedule_steps", type_hint=int, description="the same, kept for the next stage"),
             InputParam("dtype", type_hint=torch.dtype),
@@ -298,7 +298,9 @@ class _NeighborhoodPatchAttention(_Family, LoopSequentialPipelineBlocks):
             InputParam("reference_latents", required=True, type_hint=Tensor, description="says the stage's size"),
             InputParam("base_size", required=True, description="(height, width) in latent pixels: the window"),
             InputParam("text_rows", default="patch", description=Sampling.model_fields["text_rows"].description),
-            InputParam("attention_backend", default="auto", description="hires_kernels backend"),
+            InputParam(
+                "attention_backend", default="auto", description=Sampling.model_fields["attention_backend"].description
+            ),
         ]
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
 Gamma = Literal["one_minus_alpha_bar", "normalised", "sigma", "t_raw"]
 
-SCALE_DIT = (
+SCALE_DIT_SETTINGS = (  # which mean nothing without joint attention of text and image
     "local_radius",
     "local_window",
     "token_order",
@@ -23,8 +23,7 @@ SCALE_DIT = (
     "lr_neighbours",
     "lr_anchors",
     "lr_adapter",
-)  # its settings, which mean nothing without joint attention of text and image
-
+)
 
 PRESETS: dict[str, dict[str, Any]] = {  # each setting where the model family has it
     "fast": {"linears": "fp8", "text_rows": "global", "step_cache": 3},

@@ -10,7 +10,7 @@ from torch import nn
 
 from hires.errors import HiresError
 
-SCALE_DIT = "scale-dit"  # Scale-DiT's own: on for the low-resolution image, off for everything else
+SCALE_DIT_ADAPTER = "scale-dit"  # Scale-DiT's own: on for the low-resolution image, off for everything else
 States = list[tuple[Any, Any, bool]]  # LoRA layer, its active adapters, whether it is disabled
 
 
@@ -63,7 +63,7 @@ def adapter_digests(pipe: Any, needed: str | None = None) -> dict[str, str]:
     parts = {part: model for part, model in pipe.components.items() if getattr(model, "peft_config", None)}
     for part, model in sorted(parts.items()):
         for place, layer in _lora_layers(model):
-            acting = {*([] if layer._disable_adapters else layer.active_adapters)} - {SCALE_DIT} | {needed}
+            acting = {*([] if layer._disable_adapters else layer.active_adapters)} - {SCALE_DIT_ADAPTER} | {needed}
             for name in acting & layer.scaling.keys():
                 _add(hashes.setdefault(name, hashlib.sha256()), f"{part}.{place}", layer, name)
     return {name: found.hexdigest() for name, found in sorted(hashes.items())}

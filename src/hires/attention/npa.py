@@ -1,4 +1,9 @@
-"""Neighborhood Patch Attention (ScaleDiff, arXiv 2510.25818, section 3.1) as diffusers attention processors."""
+"""Neighborhood Patch Attention (ScaleDiff, arXiv 2510.25818, section 3.1) as diffusers attention processors.
+
+Queries are cut into patches of half the window's side, each of which sees one window of keys and all text. The
+operation is `hires_kernels.neighborhood_patch_attention`, its definition in plain PyTorch `hires_kernels.reference`,
+and which window belongs to a patch `hires_kernels.geometry.patches`. Here are the layers that it runs in.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

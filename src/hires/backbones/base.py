@@ -24,7 +24,8 @@ from hires.execution.residual import fused_blocks
 from hires.files.untrusted import read_hints
 from hires.settings import PRESETS, Gamma, Resolved, Sampling
 
-Conditioning = dict[str, Tensor]  # every tensor has the batch first
+# prompt_embeds, pooled_prompt_embeds, image_prompt_0, …, and negative_… of each under guidance: the batch is first
+Conditioning = dict[str, Tensor]
 
 
 def draw(generators: Sequence[Generator], shape: Sequence[int], device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ class Flux(PackedTransformer):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], sampling: Resolved) -> Conditioning:
-        names = ("prompt_embeds", "pooled")
+        names = ("prompt_embeds", "pooled_prompt_embeds")
         negative_names = tuple(f"negative_{name}" for name in names) if sampling.true_guidance > 1 else ()
         length: Any = sampling.max_sequence_length  # stated by every FLUX
         if self._without_text:
@@ -162,7 +162,7 @@ class Flux(PackedTransformer):
         return low_resolution_pass(
             self.model,
             pack(latents).to(self.dtype),
-            conditioning["pooled"],
+            conditioning["pooled_prompt_embeds"],
             low_size=(latents.shape[2], latents.shape[3]),
             size=size,
             scaled=sampling.lr_anchors,
@@ -191,7 +191,7 @@ class Flux(PackedTransformer):
                 hidden_states=tokens,
                 timestep=(schedule.timesteps[step] / 1000).expand(batch),
                 guidance=guidance if config.guidance_embeds else None,
-                pooled_projections=conditioning[f"{prefix}pooled"],
+                pooled_projections=conditioning[f"{prefix}pooled_prompt_embeds"],
                 encoder_hidden_states=prompt_embeds,
                 txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=latents.device),
                 img_ids=image_ids((size[0] // 2, size[1] // 2), latents.device),

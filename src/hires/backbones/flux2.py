@@ -14,7 +14,7 @@ from hires.attention.flux import image_ids
 from hires.backbones.base import Conditioning, draw
 from hires.backbones.flux import PackedTransformer, flow_schedule, pack, unpack
 from hires.backbones.schedule import Schedule
-from hires.settings import SCALE_DIT, Resolved
+from hires.settings import SCALE_DIT_SETTINGS, Resolved
 
 
 class Flux2Klein(PackedTransformer):
@@ -26,7 +26,7 @@ class Flux2Klein(PackedTransformer):
 
     family = "flux2"
     pipeline_class = Flux2KleinPipeline
-    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", "step_cache", *SCALE_DIT)
+    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", "step_cache", *SCALE_DIT_SETTINGS)
 
     def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
         super().__init__(pipe, name, hints, revision)

@@ -17,7 +17,7 @@ from hires.additions.extras import Control, Extras
 from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
-from hires.settings import SCALE_DIT, Resolved
+from hires.settings import SCALE_DIT_SETTINGS, Resolved
 
 
 class SDXL(Backbone):
@@ -32,7 +32,7 @@ class SDXL(Backbone):
         StableDiffusionXLControlNetImg2ImgPipeline,
     )
     gammas = ("one_minus_alpha_bar", "normalised", "t_raw")
-    without = ("max_sequence_length", "text_rows", *SCALE_DIT, "stage_shift", "true_cfg_scale", "step_cache")
+    without = ("max_sequence_length", "text_rows", *SCALE_DIT_SETTINGS, "stage_shift", "true_cfg_scale", "step_cache")
     controlnet_class = ControlNetModel
     controlnet_pipeline = StableDiffusionXLControlNetPipeline
     controlnet_facts = (
@@ -76,7 +76,7 @@ class SDXL(Backbone):
         if self._without_text:
             config = self.model.config
             width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            positive_shapes = {"prompt_embeds": (77, config.cross_attention_dim), "pooled": (width,)}
+            positive_shapes = {"prompt_embeds": (77, config.cross_attention_dim), "pooled_prompt_embeds": (width,)}
             negative_shapes = {f"negative_{name}": shape for name, shape in positive_shapes.items()}
             return self._random_text(prompts, positive_shapes | (negative_shapes if guided else {}))
         positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(
@@ -85,9 +85,9 @@ class SDXL(Backbone):
             do_classifier_free_guidance=guided,
             negative_prompt=sampling.negative_prompt or None,
         )
-        conditioning = {"prompt_embeds": positive, "pooled": pooled}
+        conditioning = {"prompt_embeds": positive, "pooled_prompt_embeds": pooled}
         if guided:
-            conditioning |= {"negative_prompt_embeds": negative, "negative_pooled": negative_pooled}
+            conditioning |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
         return conditioning
 
     @torch.no_grad()
@@ -153,7 +153,10 @@ class SDXL(Backbone):
         text = rows("prompt_embeds")
         time_ids = torch.tensor([[*target_size, 0, 0, *target_size]], dtype=text.dtype)
         time_ids = time_ids.to(latents.device, non_blocking=True)  # the host goes on
-        told: dict[str, Any] = {"text_embeds": rows("pooled"), "time_ids": time_ids.expand(len(latents), -1)}
+        added: dict[str, Any] = {
+            "text_embeds": rows("pooled_prompt_embeds"),
+            "time_ids": time_ids.expand(len(latents), -1),
+        }
         inputs = schedule.scale_model_input(latents, step).to(self.dtype)
         residuals: dict[str, Any] = {}
         if control and any(scales := control.scales(step, schedule.num_inference_steps)):
@@ -166,17 +169,17 @@ class SDXL(Backbone):
                 encoder_hidden_states=text,
                 controlnet_cond=maps[0] if alone else maps,
                 conditioning_scale=scales[0] if alone else scales,
-                added_cond_kwargs=told,
+                added_cond_kwargs=added,
                 return_dict=False,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         if self.ip_adapters:
-            told["image_embeds"] = [rows(f"image_prompt_{index}") for index in range(self.ip_adapters)]
+            added["image_embeds"] = [rows(f"image_prompt_{index}") for index in range(self.ip_adapters)]
         output = self.model(
             inputs,
             schedule.timesteps[step],
             encoder_hidden_states=text,
-            added_cond_kwargs=told,
+            added_cond_kwargs=added,
             return_dict=False,
             **residuals,
         )[0].float()

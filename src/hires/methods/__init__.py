@@ -1,4 +1,12 @@
-"""The papers' methods, each a few pure functions on tensors."""
+"""The papers' methods, each a few pure functions on tensors.
+
+    lfm.py             Latent Frequency Mixing (ScaleDiff): what a stage starts from
+    sg.py              Structure Guidance (ScaleDiff): at every step
+    multidiffusion.py  MultiDiffusion: the model on overlapping views
+    diffusehigh.py     DiffuseHigh: wavelet guidance, sharpening
+
+The low-pass filter of LFM and SG is in frequency.py. Attention, which runs inside the model, is in `hires.attention`.
+"""
 
 from collections.abc import Callable
 

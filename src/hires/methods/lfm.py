@@ -11,6 +11,8 @@ def latent_frequency_mixing(
 ) -> Tensor:
     """Z_ref = z_RU + LP(z_LU) − LP(z_RU): low frequencies of the upsampled latent, high ones of the upsampled image.
 
+    LP is linear, so it is applied once, to the difference.
+
     Args:
         latent_upsampled: z_LU (B, C, H, W), the clean latent, upsampled.
         rgb_upsampled: z_RU (B, C, H, W), the VAE's encoding of the decoded, upsampled image.

@@ -43,12 +43,12 @@ def gamma(kind: Gamma, noise_shares: Sequence[float], first: int, step: int) -> 
 
 
 def guide(stage: Guided) -> Guide:
-    """Structure Guidance of every step toward Z_ref."""
+    """Structure Guidance of a stage of the cascade."""
     return toward(stage.reference, stage.schedule, stage.run.sampling)
 
 
 def toward(reference: Tensor, schedule: "Schedule", sampling: Resolved) -> Guide:
-    """What every step of a stage does to the model's output, with the settings' weight and filter."""
+    """Structure Guidance toward Z_ref (B, C, H, W), with the settings' weight and filter."""
     kind, factor, shares = sampling.gamma, sampling.sg_factor, schedule.noise_shares
     low = low_pass(reference, sampling.low_pass, factor)
 

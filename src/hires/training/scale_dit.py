@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from hires.additions.adapters import SCALE_DIT as ADAPTER
+from hires.additions.adapters import SCALE_DIT_ADAPTER as ADAPTER
 from hires.additions.adapters import adapter_states, adapter_switched, restore_adapters
 from hires.additions.lora import load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
@@ -239,7 +239,9 @@ class Encoder:
         pixels = pictures.render(self.size, self.device)
         text = self.backbone.encode_prompt(pictures.captions, self.sampling)
         low = resize(pixels, self.low_size, "bicubic")
-        return Encoded(*self._posterior(pixels), *self._posterior(low), text["prompt_embeds"], text["pooled"])
+        return Encoded(
+            *self._posterior(pixels), *self._posterior(low), text["prompt_embeds"], text["pooled_prompt_embeds"]
+        )
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.backbone.pipe.vae
@@ -274,7 +276,7 @@ class Encoder:
             draws.noise,
             draws.t,
             torch.where(draws.drop[:, None, None], self.empty["prompt_embeds"], found.prompt_embeds),
-            torch.where(draws.drop[:, None], self.empty["pooled"], found.pooled),
+            torch.where(draws.drop[:, None], self.empty["pooled_prompt_embeds"], found.pooled),
         )
 
 
