@@ -44,7 +44,7 @@ from hires.sizes import check_multiple, nearest_sizes, parse_size, stage_sizes
 from hires.stages.images import encode
 from hires.stages.plan import describe
 from hires.training.captioned import open_source
-from hires.training.scale_dit_config import Recipe
+from hires.training.scale_dit.recipe import Recipe
 from hires.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import mse_loss
 
+from hires.additions.adapters import SCALE_DIT_ADAPTER as ADAPTER
 from hires.additions.adapters import adapter_switched
 from hires.additions.lora import WEIGHTS, load_lora, save_lora
 from hires.attention import low_resolution_pass, use_attention
@@ -30,22 +31,10 @@ from hires.errors import HiresError
 from hires.models import ASSETS
 from hires.training.captioned import open_source
 from hires.training.data import draw_views
-from hires.training.scale_dit import (
-    ADAPTER,
-    CHECKPOINT,
-    VALIDATION,
-    Batch,
-    Passes,
-    Trainer,
-    add_adapter,
-    build_optimizer,
-    checkpointed,
-    rate,
-    times,
-    train,
-    velocity_loss,
-)
-from hires.training.scale_dit_config import ATTENTION_TARGETS, Lora, Optimizer, Recipe, Timestep
+from hires.training.scale_dit.data import Passes, times
+from hires.training.scale_dit.loss import Batch, add_adapter, checkpointed, velocity_loss
+from hires.training.scale_dit.recipe import ATTENTION_TARGETS, Lora, Optimizer, Recipe, Timestep
+from hires.training.scale_dit.trainer import CHECKPOINT, VALIDATION, Trainer, build_optimizer, rate, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -186,7 +186,7 @@ def _add_adapter(backbone: "Backbone") -> None:
     from peft import LoraConfig
 
     from hires.additions.adapters import SCALE_DIT_ADAPTER, switch_adapter
-    from hires.training.scale_dit_config import Lora
+    from hires.training.scale_dit.recipe import Lora
 
     shape = Lora()
     backbone.model.add_adapter(

@@ -99,13 +99,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _scale_dit(args: argparse.Namespace, out: Path, device: Any) -> None:
-    from hires.training import scale_dit
-    from hires.training.scale_dit_config import Recipe
+    from hires.training.scale_dit.recipe import Recipe
+    from hires.training.scale_dit.trainer import train
 
     given: dict[str, Any] = {key: getattr(args, key) for key in ("steps", "batch", "seed")}
     given["optimizer"], given["data"] = {"lr": args.lr}, {"workers": args.workers}
     recipe = Recipe.load(args.config, **_stated(given))
-    scale_dit.train(recipe, out, device=device, resume=args.resume, seconds=args.seconds)
+    train(recipe, out, device=device, resume=args.resume, seconds=args.seconds)
 
 
 def _stated(options: dict[str, Any]) -> dict[str, Any]:

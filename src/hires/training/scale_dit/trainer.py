@@ -1,306 +1,40 @@
-"""Scale-DiT's adapter: a LoRA for the low-resolution image alone (arXiv 2510.16325, sections 3.2 and 3.3).
+"""The training of an adapter: steps, looks on the way, checkpoints that a run goes on from exactly."""
 
-Flow matching on native crops, each guided by its own reduced version, with the visibility of inference: one pass over
-the low-resolution image with the LoRA on, whose keys and values the high-resolution pass sees with the LoRA off. The
-gradient reaches the LoRA through these keys and values only.
-
-Every draw of sample number n comes from a generator seeded by (seed, n): where a run stands is its step.
-"""
-
-import copy
 import math
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import reduce
 from diffusers import FluxTransformer2DModel
-from peft import LoraConfig
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from hires.additions.adapters import SCALE_DIT_ADAPTER as ADAPTER
-from hires.additions.adapters import adapter_states, adapter_switched, restore_adapters
-from hires.additions.lora import load_lora, save_lora
-from hires.attention import low_resolution_pass, use_attention
-from hires.attention.flux import image_ids
+from hires.additions.adapters import SCALE_DIT_ADAPTER
+from hires.additions.lora import save_lora
 from hires.backbones import load
-from hires.backbones.base import Backbone
-from hires.backbones.flux import pack, unpack
-from hires.errors import HiresError, unknown
+from hires.errors import HiresError
 from hires.files.storage import replacing, write_json
 from hires.generation import generate
-from hires.methods.frequency import resize
-from hires.settings import Resolved, Sampling
-from hires.sizes import Size
-from hires.training.captioned import Pictures, Source, open_source, seed_of
+from hires.training.captioned import open_source, seed_of
 from hires.training.evaluate import contact_sheet
 from hires.training.loop import EAGER_STEPS, EMA, captured, side_stream
-from hires.training.scale_dit_config import Lora, Optimizer, Recipe, Timestep
+from hires.training.scale_dit.data import Encoder, Passes, latent_sizes
+from hires.training.scale_dit.loss import Batch, add_adapter, checkpointed, velocity_loss
+from hires.training.scale_dit.recipe import Optimizer, Recipe
 
 CHECKPOINT = "checkpoint.pt"
 TRAINING, VALIDATION = 0, 1  # streams of random numbers
-MAY_CHANGE = {"steps", "log_every", "checkpoint_every", "validation", "cuda_graph"}  # between a run and its resumption
-
-
-class Batch(NamedTuple):
-    """What one pass sees: clean latents and noise (n, C, h, w), clean low-resolution latents (n, C, h', w'), times
-    (n,) in (0, 1), text embeddings (n, tokens, width) and pooled (n, width)."""
-
-    latents: Tensor
-    low: Tensor
-    noise: Tensor
-    t: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
-
-
-def velocity_loss(model: Any, batch: Batch, sampling: Sampling, adapter: str = ADAPTER) -> Tensor:
-    """Mean squared error of the high-resolution velocity ε − z at z_t = (1 − t)·z + t·ε: a scalar, float32.
-
-    Args:
-        model: FluxTransformer2DModel that carries the LoRA `adapter`.
-        sampling: what tokens see: local_radius or local_window, lr_neighbours, lr_anchors, token_order and
-            attention_backend, as at inference.
-    """
-    size, low_size = _side(batch.latents), _side(batch.low)
-    visible = sampling.local_attention()
-    with adapter_switched(model, adapter, on=True):
-        guidance = low_resolution_pass(
-            model, pack(batch.low), batch.pooled, low_size=low_size, size=size, scaled=sampling.lr_anchors, **visible
-        )
-    noisy = torch.lerp(batch.latents, batch.noise, batch.t[:, None, None, None])
-    device = noisy.device
-    with (
-        adapter_switched(model, adapter, on=False),
-        use_attention(
-            model, "scale_dit", size, size, guidance=guidance, guidance_neighbours=sampling.lr_neighbours, **visible
-        ),
-    ):
-        output = model(
-            hidden_states=pack(noisy),
-            encoder_hidden_states=batch.prompt_embeds,
-            pooled_projections=batch.pooled,
-            timestep=batch.t,
-            guidance=torch.ones_like(batch.t) if model.config.guidance_embeds else None,
-            img_ids=image_ids((size[0] // 2, size[1] // 2), device),
-            txt_ids=torch.zeros(batch.prompt_embeds.shape[1], 3, device=device),
-            return_dict=False,
-        )[0]
-    return F.mse_loss(unpack(output.float(), size), batch.noise - batch.latents)
-
-
-def _side(latents: Tensor) -> Size:
-    return latents.shape[2], latents.shape[3]
-
-
-# Gradient checkpointing
-
-
-def checkpointed(block: nn.Module, *args: Any) -> Any:
-    """For `model.enable_gradient_checkpointing`: run a block, and run it again alike in the backward pass.
-
-    By then its processor and the state of its LoRA are those of another pass, so they are put back for as long.
-    """
-    attention: Any = block.attn
-    processor = copy.copy(attention.processor)
-    processor.collect = None  # the keys and values of the first run are the ones in use
-    states = adapter_states(block)
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), as_before()
-
-    @contextmanager
-    def as_before() -> Iterator[None]:
-        before = attention.processor, adapter_states(block)
-        attention.set_processor(processor)
-        restore_adapters(states)
-        try:
-            yield
-        finally:
-            attention.set_processor(before[0])
-            restore_adapters(before[1])
-
-    return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-# Adapter
-
-
-def add_adapter(backbone: Backbone, lora: Lora, seed: int) -> list[Tensor]:
-    """Put the LoRA `scale-dit` on a FLUX backbone: its parameters, float32. Everything else is frozen.
-
-    A is Gaussian, B zero, drawn from `seed`; or both come from the file `lora.init`.
-    """
-    for part in backbone.pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
-    model = backbone.model
-    if lora.init is not None:
-        load_lora(backbone.pipe, Path(lora.init).expanduser(), ADAPTER)
-    else:
-        _check_targets(model, lora.targets)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            config = LoraConfig(
-                r=lora.rank, lora_alpha=cast(int, lora.alpha), init_lora_weights="gaussian", target_modules=lora.targets
-            )
-            model.add_adapter(config, ADAPTER)
-    parameters: list[Tensor] = [p for name, p in model.named_parameters() if f".{ADAPTER}." in name]
-    for p in parameters:
-        p.data = p.data.float()
-        p.requires_grad_(True)
-    return parameters
-
-
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            ends = {name.split(".", 2)[-1].removeprefix("attn.") for name in names}
-            raise unknown("LoRA target", target, ends)
-
-
-# Data
-
-
-class Draws(NamedTuple):
-    """What chance decides about n samples, each from its own generator.
-
-    drop: bool (n,), the caption is left out. place: int (n,), in the pool. t: (n,). noise and posterior (of the
-    VAE): (n, C, h, w). low_posterior: (n, C, h', w').
-    """
-
-    drop: Tensor
-    place: Tensor
-    t: Tensor
-    noise: Tensor
-    posterior: Tensor
-    low_posterior: Tensor
-
-
-def times(normal: Tensor, timestep: Timestep) -> Tensor:
-    """Logit-normal t of standard normals, shifted."""
-    t = torch.sigmoid(timestep.mean + timestep.std * normal)
-    return timestep.shift * t / (1 + (timestep.shift - 1) * t)
-
-
-class Passes(Dataset):
-    """Pass number i: the pictures of samples i·batch … (none where a pool holds them), and their draws."""
-
-    def __init__(self, recipe: Recipe, source: Source | None, shape: Sequence[int], low: Size, stream: int) -> None:
-        self.recipe, self.source, self.stream = recipe, source, stream
-        self.shape, self.low_shape = tuple(shape), (shape[0], *low)
-
-    def __getitem__(self, index: int) -> tuple[Pictures | None, Draws]:
-        numbers = range(index * self.recipe.batch, (index + 1) * self.recipe.batch)
-        rows = zip(*(self._draws(number) for number in numbers))
-        pictures = None if self.source is None else self.source.pictures(numbers)
-        return pictures, Draws(*(torch.stack(row) for row in rows))
-
-    def _draws(self, number: int) -> Draws:
-        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, self.stream, number))
-        return Draws(
-            torch.rand((), generator=generator) < self.recipe.caption_drop,
-            torch.randint(self.recipe.data.pool or 1, (), generator=generator),
-            times(torch.randn((), generator=generator), self.recipe.timestep),
-            *(torch.randn(shape, generator=generator) for shape in (self.shape, self.shape, self.low_shape)),
-        )
-
-
-class Encoded(NamedTuple):
-    """Posterior of latents and of low-resolution latents, text embeddings and pooled; every tensor has n rows."""
-
-    mean: Tensor
-    std: Tensor
-    low_mean: Tensor
-    low_std: Tensor
-    prompt_embeds: Tensor
-    pooled: Tensor
-
-
-class Encoder:
-    """Pictures to what a pass needs of them, by the frozen parts of a pipeline."""
-
-    def __init__(self, backbone: Backbone, recipe: Recipe, sampling: Resolved, low: Size, device: torch.device) -> None:
-        self.backbone, self.sampling, self.size, self.device = backbone, sampling, recipe.size, device
-        self.low_size = low[0] * backbone.scale, low[1] * backbone.scale
-        self.empty = backbone.encode_prompt([""], sampling)
-
-    @torch.no_grad()
-    def encode(self, pictures: Pictures) -> Encoded:
-        pixels = pictures.render(self.size, self.device)
-        text = self.backbone.encode_prompt(pictures.captions, self.sampling)
-        low = resize(pixels, self.low_size, "bicubic")
-        return Encoded(
-            *self._posterior(pixels), *self._posterior(low), text["prompt_embeds"], text["pooled_prompt_embeds"]
-        )
-
-    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self.backbone.pipe.vae
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        mean, scale = self.backbone.latent_statistics()
-        return (posterior.mean.float() - mean) * scale, posterior.std.float() * scale
-
-    @torch.no_grad()
-    def pool(self, source: Source, count: int, batch: int, workers: int) -> Encoded:
-        """`count` samples, encoded once; latents are kept in half precision."""
-        parts = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-        loader = DataLoader(_Numbered(source), batch_size=None, sampler=parts, num_workers=workers)  # type: ignore[arg-type]
-        chunks = []
-        for pictures in loader:
-            found = self.encode(pictures)
-            halves = {name: getattr(found, name).half() for name in ("mean", "std", "low_mean", "low_std")}
-            chunks.append(found._replace(**halves))
-        return Encoded(*(torch.cat(tensors) for tensors in zip(*chunks)))
-
-    @torch.no_grad()
-    def batch(self, pictures: Pictures | None, draws: Draws, pool: Encoded | None) -> Batch:
-        """A pass, from its pictures or from the pool."""
-        draws = Draws(*(x.to(self.device) for x in draws))
-        if pictures is not None:
-            found = self.encode(pictures)
-        else:
-            assert pool is not None
-            found = Encoded(*(x[draws.place] for x in pool))
-        return Batch(
-            found.mean.float() + found.std.float() * draws.posterior,
-            found.low_mean.float() + found.low_std.float() * draws.low_posterior,
-            draws.noise,
-            draws.t,
-            torch.where(draws.drop[:, None, None], self.empty["prompt_embeds"], found.prompt_embeds),
-            torch.where(draws.drop[:, None], self.empty["pooled_prompt_embeds"], found.pooled),
-        )
-
-
-class _Numbered(Dataset):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, numbers: Sequence[int]) -> Pictures:
-        return self.source.pictures(numbers)
-
-
-def _sizes(backbone: Backbone, size: int, ratio: float) -> tuple[Size, Size]:
-    """Latent size of the crops and of their low-resolution version; HiresError unless both have whole tokens."""
-    step = 2 * backbone.scale
-    low = size / ratio
-    if size % step or low % step:
-        raise HiresError(
-            f"size {size} and lr_ratio {ratio:g} give low-resolution images of {low:g}: both sides must be multiples "
-            f"of {step} pixels"
-        )
-    return (size // backbone.scale,) * 2, (int(low) // backbone.scale,) * 2
-
-
-# Training
+MAY_CHANGE = {  # between a run and its resumption
+    "steps", "log_every", "checkpoint_every", "validation", "cuda_graph", "data.workers",
+}  # fmt: skip
 
 
 def build_optimizer(options: Optimizer, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -369,7 +103,7 @@ class Trainer:
         if not isinstance(self.model, FluxTransformer2DModel):
             raise HiresError(f"model {recipe.model!r} is a {type(self.model).__name__}: scale-dit trains FLUX models")
         self.sampling = recipe.sampling.over(backbone.defaults)
-        size, low = _sizes(backbone, recipe.size, self.sampling.lr_ratio)
+        size, low = latent_sizes(backbone, recipe.size, self.sampling.lr_ratio)
         self.parameters = add_adapter(backbone, recipe.lora, recipe.seed)
         if recipe.gradient_checkpointing:
             self.model.enable_gradient_checkpointing(checkpointed)
@@ -491,7 +225,7 @@ class Trainer:
     def _paint(self, prompts: list[str], seed: int) -> None:
         side, seeds = self.recipe.size, [seed + i for i in range(len(prompts))]
         images = generate(
-            self.backbone, prompts, ADAPTER, height=side, width=side, seed=seeds,
+            self.backbone, prompts, SCALE_DIT_ADAPTER, height=side, width=side, seed=seeds,
             **self.recipe.sampling.model_dump(exclude_unset=True),
         )  # fmt: skip
         pixels = torch.stack([_pixels(image) for image in images])
@@ -563,7 +297,7 @@ class Trainer:
         if not self.processes.is_main_process:
             return
         with self.averaged():
-            save_lora(self.backbone.pipe, self.out, ADAPTER)
+            save_lora(self.backbone.pipe, self.out, SCALE_DIT_ADAPTER)
         record = {
             "recipe": self.recipe.record(),
             "revision": self.backbone.revision,
@@ -578,7 +312,7 @@ class Trainer:
 def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key, value in now.items():
         place = f"{prefix}{key}"
-        if place in MAY_CHANGE or place == "data.workers":
+        if place in MAY_CHANGE:
             continue
         if isinstance(value, dict) and isinstance(was.get(key), dict):
             yield from _differences(was[key], value, f"{place}.")
@@ -586,9 +320,8 @@ def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> 
             yield place, was.get(key), value
 
 
-def _pixels(image: Any) -> Tensor:
-    import numpy as np
-
+def _pixels(image: Image.Image) -> Tensor:
+    """An RGB image as (3, height, width) in [0, 1]."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
