@@ -412,7 +412,9 @@ def promote(source: Path, readme: Path = Path("README.md")) -> Path:
     if not found:
         raise HiresError(f"{source} holds no rows: run hires memory first")
     if any(row["machine"]["gpu"] is None for row in found):
-        raise HiresError(f"{source} was made without a GPU: its small architectures say nothing of the large ones")
+        raise HiresError(
+            f"{source} was made without a GPU, where small architectures stand in: run hires memory on one"
+        )
     REFERENCE.mkdir(parents=True, exist_ok=True)
     write_tables(source)
     for name in ("memory.csv", "stages.csv"):

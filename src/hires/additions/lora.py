@@ -105,7 +105,9 @@ def check_lora(model: nn.Module, weights: Mapping[str, Tensor], source: str, par
         if matrix not in ("A.weight", "B.weight"):
             raise HiresError(f"LoRA {source}: its {key!r} is no LoRA matrix in a naming that diffusers knows")
         if not key.startswith(f"{part}.") or name not in layers:
-            raise HiresError(f"LoRA {source} is of another architecture: this model has no layer {name!r}")
+            raise HiresError(
+                f"LoRA {source} is of another architecture: this model has no layer {name!r}: give one made for it"
+            )
         layer, reads = layers[name], matrix.startswith("A")
         if weight.ndim != layer.weight.ndim:
             raise HiresError(f"LoRA {source}: its {key!r} is no matrix, but of shape {tuple(weight.shape)}")

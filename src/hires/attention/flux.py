@@ -127,4 +127,4 @@ def check_call(kind: str, layer: Layer, tokens: int, attention_mask: Tensor | No
             "give use_attention the latents' own size"
         )
     if attention_mask is not None:
-        raise HiresError(f"{layer.name} got an attention mask: {kind} takes none")
+        raise HiresError(f"{layer.name} got an attention mask: {kind} takes none: call the model without it")

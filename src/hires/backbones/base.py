@@ -195,7 +195,7 @@ class Backbone(ABC):
         if self.latent_channels != theirs:
             raise HiresError(
                 f"the model reads latents of {self.latent_channels} channels and the VAE makes {theirs}: inpainting "
-                "and control models take more than noise, which is not known here"
+                "and control models take more than noise, which is not known here: give a text-to-image model"
             )
         for net in self.controlnets:
             self._check_controlnet(net)

@@ -40,7 +40,9 @@ def flow_schedule(scheduler: Any, sampling: Resolved, first: int, mu: float, dev
     """σ from 1 to 1/N in even steps, shifted by exp μ, or by the stage_shift that is asked for."""
     steps, shift = sampling.num_inference_steps, sampling.stage_shift
     if shift and not scheduler.config.use_dynamic_shifting:
-        raise HiresError("stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off)")
+        raise HiresError(
+            "stage_shift: this model's scheduler has a shift of its own (use_dynamic_shifting is off): leave it out"
+        )
     return Schedule(
         scheduler,
         steps,

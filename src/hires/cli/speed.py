@@ -177,7 +177,7 @@ def _together(
             arguments += ["--out", str(args.out)] if args.out else []
             arguments += ["--device", args.device] if args.device else []
             if parallel.launch(2, arguments):
-                raise HiresError(f"part {part.name} failed")
+                raise HiresError(f"part {part.name} failed: see above; finished parts are kept, run it again")
 
 
 def _measure(

@@ -14,7 +14,10 @@ def starts(side: int, view: int, overlap: float) -> list[int]:
     With `side` = s·view and half overlap there are 2s − 1. The last view is moved inwards to end with the canvas.
     """
     if view > side:
-        raise HiresError(f"MultiDiffusion: a view of {view} latent pixels is larger than the canvas of {side}")
+        raise HiresError(
+            f"MultiDiffusion: a view of {view} latent pixels is larger than the canvas of {side}: "
+            "choose a size no smaller than the base"
+        )
     stride = max(2, 2 * round(view * (1 - overlap) / 2))
     return [*range(0, side - view, stride), side - view]
 

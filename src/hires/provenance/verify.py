@@ -274,7 +274,7 @@ def again(folder: Folder, n: int, seed: int = 0, device: str | None = None) -> I
     """Make `n` images once more, drawn by `seed`: (file, "the same pixels" or what differs)."""
     files = [name.removesuffix(".json") for name in folder.records if name.startswith("images/")]
     if not files:
-        raise HiresError(f"{folder.path} holds no images to make again")
+        raise HiresError(f"{folder.path} holds no images to make again: leave --again out")
     import torch
 
     from hires.provenance import records

@@ -86,7 +86,9 @@ def promote(source: Path, target: Path, readme: Path) -> None:
     """
     rows = measurements(source)
     if not rows["gpu"].all():
-        raise HiresError(f"{source} was measured without a GPU: only a GPU's results are promoted")
+        raise HiresError(
+            f"{source} was measured without a GPU: only a GPU's results are promoted: run hires speed on one"
+        )
     for path in sorted((source / "parts").glob("*.json")):
         write_text(target / "parts" / path.name, path.read_text())
     kernels = source / "kernels.csv"

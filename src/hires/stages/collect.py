@@ -27,11 +27,13 @@ def run(config: Config, sources: Sequence[Path]) -> list[str]:
         if (theirs := read_json(file)["config"]) != config_digest(config):
             raise HiresError(
                 f"{source} was made from configuration {theirs}, this one is {config_digest(config)}: their scores "
-                "don't belong together"
+                "don't belong together: collect results of this configuration"
             )
         ours = layout.prompts(config)
         if ours.exists() and read_prompts(ours) != read_prompts(source / ours.name):  # bytes differ by Arrow's version
-            raise HiresError(f"{source / ours.name} differs from {ours}: other prompts were drawn")
+            raise HiresError(
+                f"{source / ours.name} differs from {ours}: other prompts were drawn: collect runs of the same ones"
+            )
     taken = [name for source in sources for name in _take(config, source)]
     fresh = [read_json(source / layout.provenance(config).name) for source in sources]
     past = _read(config)
