@@ -21,7 +21,7 @@ from PIL import Image
 import hires
 from hires.additions.extras import Extras
 from hires.backbones.flux import unpack
-from hires.cascade import cascade, preview
+from hires.cascade import cascade, small_images
 from hires.errors import HiresError
 from hires.execution.offload import KINDS, offload_parts
 from hires.settings import Sampling
@@ -437,11 +437,11 @@ def test_a_preview_is_the_small_image():
     rows, columns = np.mgrid[:128, :128]
     image = Image.fromarray(np.stack([rows, columns, 0 * rows + 90], -1).astype(np.uint8))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-    (small,) = preview(backbone, backbone.encode(pixels))
+    (small,) = small_images(backbone, backbone.encode(pixels))
     want = np.array(image.resize((64, 64), Image.Resampling.BOX), dtype=int)
     assert small.size == (64, 64) and np.abs(np.array(small, dtype=int) - want).mean() < 12
     *_, control = cascade(backbone, PROMPTS[:1], [0], VARIANTS["upsample"], 256, 256, FAST)
-    assert preview(backbone, control)[0].size == (64, 64)
+    assert small_images(backbone, control)[0].size == (64, 64)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

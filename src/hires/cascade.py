@@ -388,7 +388,7 @@ def decode(backbone: Backbone, stage: Stage | Tensor, tiling: bool | None = None
     return to_images(pixels)
 
 
-def preview(backbone: Backbone, stage: Stage | Tensor) -> list[Image.Image]:
+def small_images(backbone: Backbone, stage: Stage | Tensor) -> list[Image.Image]:
     """Small images of a stage, or of latents (n, C, h, w), for a look: no side longer than half the base resolution.
 
     The latents are averaged over blocks and decoded, which costs a small share of a step.

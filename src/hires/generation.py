@@ -11,10 +11,9 @@ from PIL import Image
 
 import hires
 from hires.additions.adapters import adapter_digests
-from hires.additions.extras import NO_EXTRAS, Extras, fitted, told
+from hires.additions.extras import NO_EXTRAS, Extras, fitted, picture_record
 from hires.backbones.base import Backbone
-from hires.cascade import Callback, Stage, cascade, decode, to_pixels
-from hires.cascade import preview as small
+from hires.cascade import Callback, Stage, cascade, decode, small_images, to_pixels
 from hires.errors import HiresError
 from hires.execution.oom import ADVICE, attempt
 from hires.settings import Sampling
@@ -63,7 +62,7 @@ def generate(
         control_image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end, control_mode,
         ip_adapter_image, ip_adapter_image_embeds: see `hires.additions.extras.Extras`; they act at every stage.
         callback: (stage name, steps done, steps of the stage, noisy latents), after every step.
-        preview: (stage name, small images), after every stage but the last; see `hires.cascade.preview`.
+        preview: (stage name, small images), after every stage but the last; see `hires.cascade.small_images`.
         preset: a name of `hires.settings.PRESETS`: "fast" (8-bit linear layers, cheaper text rows, extrapolated steps).
         overrides: fields of `hires.settings.Sampling`, for example tau=300 or negative_prompt="blurry".
 
@@ -95,8 +94,8 @@ def generate(
     def make() -> None:
         for stage in request.stages(texts, numbers, callback):
             if preview is not None and not request.ends_with(stage):
-                preview(stage.name, small(backbone, stage))
-        given = extras.told() | ({"image": told(image)} if image else {}) | ({"crop": True} if crop else {})
+                preview(stage.name, small_images(backbone, stage))
+        given = extras.record() | ({"image": picture_record(image)} if image else {}) | ({"crop": True} if crop else {})
         made.extend(request.images(stage, texts, numbers, additions={"in_memory": given} if given else None))
 
     try:

@@ -245,7 +245,7 @@ def _stages(backbone: "Backbone", row: Row, steps: int, vae_tiling: bool | None 
     every = Sampling.of(num_inference_steps=steps, tau=1000, vae_tiling=vae_tiling)
     last = None
     for last in cascade(backbone, [PROMPT], [0], variant, row.height, row.width, every, callback=watch):
-        yield _told(last, watch.steps.get(last.name, []), backbone, variant.dwt and last.name != "base")
+        yield _stage_row(last, watch.steps.get(last.name, []), backbone, variant.dwt and last.name != "base")
     assert last is not None
     if last.pixels is not None and last.name == "upsample":
         return
@@ -264,7 +264,7 @@ def _stages(backbone: "Backbone", row: Row, steps: int, vae_tiling: bool | None 
     }
 
 
-def _told(stage: "Stage", seconds: list[float], backbone: "Backbone", uneven: bool) -> dict[str, Any]:
+def _stage_row(stage: "Stage", seconds: list[float], backbone: "Backbone", uneven: bool) -> dict[str, Any]:
     from statistics import median
 
     defaults = backbone.defaults

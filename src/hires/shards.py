@@ -191,7 +191,7 @@ def read_manifest(path: Path, stage: str) -> dict[str, Any]:
 
 
 @contextmanager
-def told(what: str, total: int) -> Iterator[list[int]]:
+def counted(what: str, total: int) -> Iterator[list[int]]:
     """One line on stderr when the block ends well: `what`, how many of `total` were made and in what time.
 
     The block appends to the list that it gets the number of files it made.

@@ -40,7 +40,7 @@ class NetPart(BaseModel):
     sha256: str
 
 
-class Told(BaseModel):
+class AdditionsRecord(BaseModel):
     """What a record says of `Additions`. Records of older versions lack digests, without which nothing is found."""
 
     model_config = ConfigDict(extra="forbid")
@@ -87,40 +87,40 @@ class Additions:
     crop: bool = False
 
     @classmethod
-    def found(cls, told: Told, files: Sequence[Path]) -> Self:
-        """What a record tells of, each known by its digest among `files` and folders, whatever its name is now.
+    def found(cls, record: AdditionsRecord, files: Sequence[Path]) -> Self:
+        """What a record names, each known by its digest among `files` and folders, whatever its name is now.
 
         A ControlNet may also be where it was. HiresError names what is missing, and what the record doesn't know.
         """
         digests = {digest: path for path in files for digest in _digests(path)}
         places = dict(digests)
-        for net in told.controlnets:
+        for net in record.controlnets:
             if net.sha256 not in digests:
                 with suppress(HiresError):  # it isn't there any more
                     if _weights_digest(folder := _folder(net.source)) == net.sha256:
                         places[net.sha256] = folder
-        encoder = [told.image_encoder] if told.image_encoder else []
-        named = [*told.loras, *told.control_images, *told.ip_adapters, *encoder, *told.ip_adapter_images]
-        needed = {part.sha256: part.file for part in named} | {net.sha256: net.source for net in told.controlnets}
+        encoder = [record.image_encoder] if record.image_encoder else []
+        named = [*record.loras, *record.control_images, *record.ip_adapters, *encoder, *record.ip_adapter_images]
+        needed = {part.sha256: part.file for part in named} | {net.sha256: net.source for net in record.controlnets}
         if missing := [f"{name!r} with sha256 {digest}" for digest, name in needed.items() if digest not in places]:
             raise HiresError(f"made with {', '.join(missing)}, not in the image: give --with PATH for each")
         for path in files:
             if not needed.keys() & _digests(path):
                 raise HiresError(f"--with {path}: the record names nothing of its sha256, {min(_digests(path))}")
         return cls(
-            loras=[(places[lora.sha256], lora.weight) for lora in told.loras],
-            lora_names=[lora.file for lora in told.loras],
-            controlnets=[str(places[net.sha256]) for net in told.controlnets],
-            control_images=[places[part.sha256] for part in told.control_images],
-            controlnet_conditioning_scale=told.controlnet_conditioning_scale,
-            control_guidance_start=told.control_guidance_start,
-            control_guidance_end=told.control_guidance_end,
-            control_mode=told.control_mode,
-            ip_adapters=[places[part.sha256] for part in told.ip_adapters],
+            loras=[(places[lora.sha256], lora.weight) for lora in record.loras],
+            lora_names=[lora.file for lora in record.loras],
+            controlnets=[str(places[net.sha256]) for net in record.controlnets],
+            control_images=[places[part.sha256] for part in record.control_images],
+            controlnet_conditioning_scale=record.controlnet_conditioning_scale,
+            control_guidance_start=record.control_guidance_start,
+            control_guidance_end=record.control_guidance_end,
+            control_mode=record.control_mode,
+            ip_adapters=[places[part.sha256] for part in record.ip_adapters],
             image_encoder=places[encoder[0].sha256] if encoder else None,
-            ip_adapter_scale=told.ip_adapter_scale,
-            ip_adapter_images=[places[part.sha256] for part in told.ip_adapter_images],
-            crop=told.crop,
+            ip_adapter_scale=record.ip_adapter_scale,
+            ip_adapter_images=[places[part.sha256] for part in record.ip_adapter_images],
+            crop=record.crop,
         )
 
     def check(self) -> None:
@@ -174,26 +174,26 @@ class Additions:
 
     def record(self) -> dict[str, Any] | None:
         """What was added, with the SHA-256 of every file, as JSON-ready values; None where nothing was."""
-        told: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         if self.loras:
-            told["loras"] = [
+            found["loras"] = [
                 {"file": file.name, "sha256": sha256(_lora_file(file)), "weight": weight} for file, weight in self.loras
             ]
         if self.controlnets:
-            told["controlnets"] = [
+            found["controlnets"] = [
                 {"source": source, "sha256": _weights_digest(_folder(source))} for source in self.controlnets
             ]
-            told["control_images"] = _told(self.control_images)
-            told |= {name: getattr(self, name) for name in CONTROL_SETTINGS}
+            found["control_images"] = _parts(self.control_images)
+            found |= {name: getattr(self, name) for name in CONTROL_SETTINGS}
         if self.ip_adapters:
             assert self.image_encoder is not None  # `check`
             encoder = {"file": self.image_encoder.name, "sha256": _weights_digest(self.image_encoder)}
-            told["ip_adapters"], told["image_encoder"] = _told(self.ip_adapters), encoder
-            told["ip_adapter_images"] = _told(self.ip_adapter_images)
-            told["ip_adapter_scale"] = self.ip_adapter_scale
+            found["ip_adapters"], found["image_encoder"] = _parts(self.ip_adapters), encoder
+            found["ip_adapter_images"] = _parts(self.ip_adapter_images)
+            found["ip_adapter_scale"] = self.ip_adapter_scale
         if self.crop:
-            told["crop"] = True
-        return told or None
+            found["crop"] = True
+        return found or None
 
 
 NOTHING = Additions()
@@ -225,7 +225,7 @@ def _digests(path: Path) -> set[str]:
     return {_weights_digest(path), *({sha256(lora)} if (lora := _lora_file(path)).is_file() else ())}
 
 
-def _told(files: Sequence[Path]) -> list[dict[str, str]]:
+def _parts(files: Sequence[Path]) -> list[dict[str, str]]:
     return [{"file": file.name, "sha256": sha256(file)} for file in files]
 
 

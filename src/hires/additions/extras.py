@@ -105,14 +105,14 @@ class Extras:
             )
         return values
 
-    def told(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What was given, as JSON-ready values for a record: images and embeddings as their digests."""
         found: dict[str, Any] = {}
         if self.control_images:
-            found = {"control_images": [told(image) for image in self.control_images]}
+            found = {"control_images": [picture_record(image) for image in self.control_images]}
             found |= {name: self.each(name) for name in CONTROL_SETTINGS}
         if self.ip_adapter_images:
-            found["ip_adapter_images"] = [told(image) for image in self.ip_adapter_images]
+            found["ip_adapter_images"] = [picture_record(image) for image in self.ip_adapter_images]
         if self.ip_adapter_image_embeds is not None:
             found["ip_adapter_image_embeds"] = [
                 sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -186,7 +186,7 @@ def fitted(what: str, image: Image.Image, height: int, width: int, crop: bool = 
     return rgb.crop((left, top, left + columns, top + rows))
 
 
-def told(image: Image.Image) -> dict[str, str]:
+def picture_record(image: Image.Image) -> dict[str, str]:
     """A picture in memory, for a record: its size (height x width), and the SHA-256 of its RGB values."""
     return {"size": f"{image.height}x{image.width}", "sha256": sha256(image.convert("RGB").tobytes()).hexdigest()}
 

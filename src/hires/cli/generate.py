@@ -210,7 +210,7 @@ def _write(
     args: argparse.Namespace, request: "Request", seed: int, out: Path, told: dict[str, Any], progress: "ProgressBar"
 ) -> None:
     """Make one image and write it, with its stages where they are asked for."""
-    from hires.cascade import Stage, preview
+    from hires.cascade import Stage, small_images
     from hires.execution.parallel import first
     from hires.provenance.records import save
 
@@ -224,7 +224,7 @@ def _write(
             write(stage, out.with_stem(f"{out.stem}-{stage.name}"))
         if args.preview and first() and not request.ends_with(stage):
             progress.close()
-            print(blocks(preview(request.backbone, stage)[0]), file=sys.stderr)
+            print(blocks(small_images(request.backbone, stage)[0]), file=sys.stderr)
     write(stage, out)
 
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def again(args: argparse.Namespace, record: dict) -> int:
     """Make the image of `record` once more; 0 where its pixels are those of the file, else 1."""
-    from hires.additions import Additions, Told
+    from hires.additions import Additions, AdditionsRecord
     from hires.cli.generate import ProgressBar
     from hires.config import load_config
     from hires.files.storage import write_bytes
@@ -69,7 +69,7 @@ def again(args: argparse.Namespace, record: dict) -> int:
         config = read_stored(place)
     recipe = records.recipe(record, config)
     picture = records.own_picture(recipe, args.image)
-    additions = Additions.found(recipe.additions or Told(), args.files)
+    additions = Additions.found(recipe.additions or AdditionsRecord(), args.files)
     former = read_picture(args.file, args.file)
 
     if config is not None:  # another number of threads may move the last bits

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hires import __version__
-from hires.additions import NOTHING, Additions, Told
+from hires.additions import NOTHING, Additions, AdditionsRecord
 from hires.config import Config
 from hires.errors import HiresError, first_mistake, printable
 from hires.files.storage import replacing, sha256
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     image: Picture | None
     sampling: Sampling
     versions: dict[str, str]
-    additions: Told | None = None
+    additions: AdditionsRecord | None = None
     adapters: dict[str, str] = {}
     places: dict[str, Path] = {}
 
@@ -120,10 +120,10 @@ def describe(record: Mapping[str, Any]) -> str:
 
 def _aligned(values: Mapping[str, Any], width: int = 14) -> list[str]:
     width = max(width, *(len(name) for name in values))
-    return [f"{printable(name):<{width}}  {_told(value)}" for name, value in values.items() if value is not None]
+    return [f"{printable(name):<{width}}  {_text(value)}" for name, value in values.items() if value is not None]
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     """Text as it stands, unless it is empty or would move the cursor."""
     return value if isinstance(value, str) and value and value.isprintable() else json.dumps(value)
 

@@ -24,7 +24,7 @@ def run(config: Config, backbone: str, name: str, shard: int, *, device: str | N
     base = layout.base_set(config, backbone, name)
     made_of = items(config, base, shard)
     work = shards.batches(made_of, config.compute.batch_size)
-    with shards.told(f"base {backbone} {name} shard {shard}", len(made_of)) as made:
+    with shards.counted(f"base {backbone} {name} shard {shard}", len(made_of)) as made:
         if work:
             with locked_device(device or config.compute.device) as place:
                 made.extend(_make(config, base, work, place))
@@ -60,7 +60,7 @@ def _make(config: Config, base: BaseSet, work: Sequence[Batch], device: str) -> 
     model = models.load(config, base.backbone, device)
     sampling = config.sampling(base.study, base.setting, base.backbone).over(model.defaults)
     effective = {setting: getattr(sampling, setting) for setting in layout.BASE_SETTINGS}
-    origin = provenance.record(config, **models.told(model))
+    origin = provenance.record(config, **models.record(model))
     thrift = Thrift(f"base latents of {base.backbone}, {base.height}x{base.width}", config.compute, model)
 
     def make(whole: Sequence[Item], wanted: Sequence[bool], part: slice) -> None:

@@ -98,7 +98,7 @@ def _measure(config: Config, images: ImageSet, device: str) -> dict[str, Any]:
         "seconds": taken[1:],
         "peak_bytes": peak,
         "batch": len(texts),
-        "provenance": provenance.record(config, **models.told(backbone), adapters=adapters),
+        "provenance": provenance.record(config, **models.record(backbone), adapters=adapters),
     }
 
 

@@ -66,7 +66,7 @@ def _extract(config: Config, what: str, work: dict[Path, list[Path]], stage: str
     models.quiet("transformers")
     torch.set_num_threads(allowed(config.compute.threads))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with shards.told(what, len(work)) as made:
+    with shards.counted(what, len(work)) as made:
         for path, manifests in work.items():
             entries = read_manifests(manifests, stage)
             asked = [prompts[entry["id"]] for entry in entries]

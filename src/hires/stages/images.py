@@ -41,7 +41,7 @@ def run(
     sets = image_sets(config, study, backbone, height, width, settings, variants)
     wanted = {images: items(config, images, shard) for images in sets}
     work = {images: shards.batches(wanted[images], config.compute.batch_size) for images in sets}
-    with shards.told(
+    with shards.counted(
         f"images {study} {backbone} {height}x{width} shard {shard}", sum(map(len, wanted.values()))
     ) as made:
         if any(work.values()):
@@ -135,7 +135,7 @@ class _Maker:
         if self.variant.adapter:
             self.backbone.require_adapter(self.variant.adapter)
         self.adapters = adapter_digests(self.backbone.pipe, self.variant.adapter)
-        self.provenance = provenance.record(config, **models.told(self.backbone), adapters=self.adapters)
+        self.provenance = provenance.record(config, **models.record(self.backbone), adapters=self.adapters)
 
         views = self.sampling.view_batch if self.variant.views != "none" else 1
         what = f"{images.variant} at {images.size} on {images.backbone}"

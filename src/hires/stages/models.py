@@ -66,7 +66,7 @@ def quiet(*libraries: str) -> None:
         speech.set_verbosity_error()
 
 
-def told(backbone: "Backbone") -> dict[str, Any]:
+def record(backbone: "Backbone") -> dict[str, Any]:
     """What a record says of a loaded model: device, name, revision, and the SHA-256 of its files by their paths."""
     folder = Path(backbone.pipe.name_or_path or "")
     pretrained = backbone.revision not in (None, "random") and folder.is_dir()
@@ -115,15 +115,15 @@ def identity(entry: BackboneEntry, adapter: str | None = None) -> dict[str, Any]
 
     `adapter`: the one that a variant needs, whose content then counts too, wherever it lies.
     """
-    told: dict[str, Any] = {"model": entry.model, "weights": entry.weights, "dtype": entry.dtype}
+    found: dict[str, Any] = {"model": entry.model, "weights": entry.weights, "dtype": entry.dtype}
     folder = _folder(entry.model)
     own = [] if entry.weights == "random" else folder_files(entry.model)
-    told["content"] = _content(tuple(path for path in own if folder and folder / "adapters" not in path.parents))
+    found["content"] = _content(tuple(path for path in own if folder and folder / "adapters" not in path.parents))
     if adapter in entry.adapters:
-        told["adapter"] = _content(tuple(_adapter_files(Path(entry.adapters[adapter]))))
+        found["adapter"] = _content(tuple(_adapter_files(Path(entry.adapters[adapter]))))
     elif adapter and folder:
-        told["adapter"] = _content(tuple(_adapter_files(folder / "adapters" / adapter)))
-    return told
+        found["adapter"] = _content(tuple(_adapter_files(folder / "adapters" / adapter)))
+    return found
 
 
 @lru_cache

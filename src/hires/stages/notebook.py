@@ -35,7 +35,7 @@ def run(config: Config, name: str, *, results: Path | None = None, output: Path 
         target = layout.notebook(config, name)
     if results is None:
         metrics.check(config)
-    with shards.told(f"notebook {name}", 1) as made:
+    with shards.counted(f"notebook {name}", 1) as made:
         execute(NOTEBOOKS / f"{name}.ipynb", target, parameters)
         made.append(1)
 

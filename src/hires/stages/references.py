@@ -49,7 +49,7 @@ def run(config: Config, height: int, width: int) -> None:
         for prompt in shards.drawn(config)[: amounts[height, width]]
     ]
     todo = shards.unfinished(items)
-    with shards.told(f"references {height}x{width}", len(items)) as made:
+    with shards.counted(f"references {height}x{width}", len(items)) as made:
         reasons = _make(config, todo, height, width)
         made.append(len(todo) - len(reasons))
         there = [item for item in items if item.finished()]

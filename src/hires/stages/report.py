@@ -21,6 +21,6 @@ def run(config: Config, *, lossless_prompts: int = 2, max_megabytes: float = 40)
     shards.drawn(config)
     with remade("provenance", layout.provenance(config)):
         read_json(layout.provenance(config))
-    with shards.told("report", 1) as made, replacing(target) as temporary:
+    with shards.counted("report", 1) as made, replacing(target) as temporary:
         write(Results.open(config.root), temporary, config.name, lossless_prompts, max_megabytes)
         made.append(1)

@@ -40,7 +40,7 @@ def run(
     with remade("features", file):
         references = Features.load(file)
     sets = image_sets(config, study, backbone, height, width, settings, variants)
-    with shards.told(f"scores {study} {backbone} {height}x{width}", len(sets)) as made:
+    with shards.counted(f"scores {study} {backbone} {height}x{width}", len(sets)) as made:
         for images in sets:
             _score(config, images, references)
             made.append(1)
