@@ -11,7 +11,7 @@ from hires.files.untrusted import read_hints
 from hires.methods.diffusehigh import guided_steps
 from hires.methods.multidiffusion import views
 from hires.settings import Sampling
-from hires.sizes import stage_sizes
+from hires.sizes import Size, stage_sizes
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
 from hires.variants import Variant
 
@@ -72,43 +72,45 @@ def plan(config: Config) -> list[Row]:
 def _image_row(config: Config, images: ImageSet) -> Row:
     entry, variant = config.backbones[images.backbone], config.variants()[images.variant]
     sampling = _sampling(config, images.study, images.setting, images.backbone)
-    steps, target = sampling.num_inference_steps, (images.height, images.width)
-    stages, base = [target], None
+    target = images.height, images.width
     if variant.start == "base":
         base, *stages = stage_sizes(*target, entry.base_resolution, entry.size_multiple, variant.stages)
         steps = sampling.stage_steps() if variant.denoise else 0
+    else:
+        base, stages, steps = None, [target], sampling.num_inference_steps
     view = base or (entry.base_resolution, entry.base_resolution)
-    area = math.prod(target)
-    seconds = None
-    if steps is not None and entry.model in STEP:
-        seconds = _cost(DECODE, area if variant.denoise else math.prod(base or target))
-        before = base
-        for height, width in stages if variant.denoise else []:
-            if before:
-                seconds += _cost(DECODE, math.prod(before)) + _cost(ENCODE, height * width)
-            if variant.views == "none":
-                step = _cost(STEP[entry.model], height * width)
-            else:
-                count = len(views((height // 8, width // 8), (view[0] // 8, view[1] // 8), sampling.view_overlap))
-                step = count * VIEW[entry.model]
-            guided = guided_steps(sampling, steps) if variant.dwt else 0
-            seconds += steps * step + guided * (_cost(DECODE, height * width) + _cost(ENCODE, height * width))
-            before = (height, width)
-    flop = None
-    if steps is not None and entry.model in ARCHITECTURES:
-        flop = steps * sum(step_flop(ARCHITECTURES[entry.model], sides, view, variant, sampling) for sides in stages)
     count = images.n * len(images.seeds)
+    seconds = flop = None
+    if steps is not None and entry.model in STEP:
+        seconds = count * _seconds(entry.model, variant, sampling, steps, base, stages, view)
+    if steps is not None and entry.model in ARCHITECTURES:
+        stage = (step_flop(ARCHITECTURES[entry.model], size, view, variant, sampling) for size in stages)
+        flop = count * (steps * sum(stage))
+    way = ", ".join(f"{h}x{w}: {'?' if steps is None else steps}" for h, w in stages)
     return Row(
-        images.study,
-        images.setting,
-        images.backbone,
-        images.variant,
-        images.size,
-        count,
-        ", ".join(f"{h}x{w}: {'?' if steps is None else steps}" for h, w in stages),
-        None if seconds is None else count * seconds,
-        None if flop is None else count * flop,
-    )
+        images.study, images.setting, images.backbone, images.variant, images.size, count, way, seconds, flop
+    )  # fmt: skip
+
+
+def _seconds(
+    model: str, variant: Variant, sampling: Sampling, steps: int, base: Size | None, stages: list[Size], view: Size
+) -> float:
+    """Of one image above its base: each stage's decoding, encoding and steps and the last decoding; sizes in pixels."""
+    if not variant.denoise:
+        return _cost(DECODE, math.prod(base or stages[-1]))
+    seconds, before = 0.0, base
+    for size in stages:
+        area = math.prod(size)
+        step = _cost(STEP[model], area)
+        if variant.views != "none":
+            latent = [(height // 8, width // 8) for height, width in (size, view)]
+            step = len(views(latent[0], latent[1], sampling.view_overlap)) * VIEW[model]
+        guided = guided_steps(sampling, steps) if variant.dwt else 0
+        seconds += steps * step + guided * (_cost(DECODE, area) + _cost(ENCODE, area))
+        if before:
+            seconds += _cost(DECODE, math.prod(before)) + _cost(ENCODE, area)
+        before = size
+    return seconds + _cost(DECODE, math.prod(before or view))
 
 
 def _sampling(config: Config, study: str, setting: str, backbone: str) -> Sampling:
