@@ -184,6 +184,11 @@ def test_wrong_arguments_are_told_before_torch_is_imported():
     assert done.returncode == 0 and "did you mean 'npa+sg'" in done.stderr
 
 
+def test_python_runs_the_package():
+    done = subprocess.run([sys.executable, "-m", "hires", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"hires {hires.__version__}\n")
+
+
 def test_public_names_are_there_for_completion():
     command = "import hires; assert {*dir(hires)} == {*hires.__all__}; [getattr(hires, name) for name in dir(hires)]"
     subprocess.run([sys.executable, "-c", command], check=True)
