@@ -34,13 +34,13 @@ class Model(Section):
 
 
 class Speed(Section):
-    """The file."""
+    """config/speed.yaml."""
 
-    repeats: int = Field(3, ge=1)
-    patience: float = Field(20, gt=0)
-    compile: bool = True
-    models: dict[str, Model]
-    without_gpu: dict[str, Model]
+    repeats: int = Field(3, ge=1, description="steps timed of a contender, after those that warm up")
+    patience: float = Field(20, gt=0, description="seconds; of a step that takes longer one is enough")
+    compile: bool = Field(True, description="compile the blocks, on a GPU")
+    models: dict[str, Model] = Field(description="model → what is measured of it")
+    without_gpu: dict[str, Model] = Field(description="the same, where there is no GPU")
 
 
 @dataclass(frozen=True)
