@@ -354,8 +354,8 @@ def _check_text(query: Tensor, text: Sequence[Tensor] | None, names: Sequence[st
         return
     batch, _, heads, head_dim = query.shape
     shapes = [tuple(x.shape) for x in text]
-    rows = {shape[:1] + shape[2:] for shape in shapes}
-    if len(shapes) != len(names) or len(set(shapes)) > 1 or rows != {(batch, heads, head_dim)}:
+    alike = len(shapes) == len(names) and len(set(shapes)) == 1 and len(shapes[0]) == 4
+    if not alike or shapes[0] != (batch, shapes[0][1], heads, head_dim):
         allowed = f"({batch}, text tokens, {heads}, {head_dim})"
         raise KernelError(f"text of shapes {shapes}: must be ({', '.join(names)}), each {allowed}")
 
