@@ -570,6 +570,17 @@ def assets(tmp_path, monkeypatch, clip):
     load_features.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"featuers": "x"}, "did you mean 'features'"), ({"patch": {"size": 0}}, "metrics setting patch.size = 0: ")],
+)
+def test_evaluate_refuses_wrong_settings_in_a_line(settings, message):
+    image = Image.new("RGB", (128, 128))
+    with pytest.raises(HiresError, match=message) as refused:
+        evaluate([image], [image], ["a cone"], **settings)
+    assert "\n" not in str(refused.value)
+
+
 def test_evaluate(assets, pictures, prompts, scenes, references):
     soft = [p.filter(ImageFilter.GaussianBlur(2)) for p in pictures]
     rows = evaluate(soft, pictures, prompts, scenes, bootstrap=20, patch={"per_image": 3})

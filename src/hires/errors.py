@@ -2,12 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
+
+    M = TypeVar("M", bound=BaseModel)
 
 LONGEST = 2000  # characters of a message
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # environment
@@ -45,6 +47,20 @@ def first_mistake(error: "ValidationError") -> tuple[str, Any, str]:
     """Of pydantic's first complaint: the place, as "sampling.tau", what was given there, and why it is refused."""
     first = error.errors(include_url=False)[0]
     return ".".join(map(str, first["loc"])), first["input"], first["msg"][0].lower() + first["msg"][1:]
+
+
+def validated(kind: "type[M]", what: str, fields: Mapping[str, Any]) -> "M":
+    """`kind(**fields)` of a typed model; HiresError tells a wrong name or value of `what`, such as "setting"."""
+    from pydantic import ValidationError
+
+    for name in fields:
+        if name not in kind.model_fields:
+            raise unknown(what, name, kind.model_fields)
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        place, given, reason = first_mistake(error)
+        raise HiresError(f"{what} {place} = {given!r}: {reason}") from None
 
 
 def redacted(text: str) -> str:

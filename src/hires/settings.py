@@ -6,9 +6,9 @@ A backbone family states its defaults (the papers' values); a model folder, the 
 
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from hires.errors import HiresError, first_mistake, unknown
+from hires.errors import HiresError, validated
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 LowPass = Literal["bilinear", "bicubic", "nearest", "lanczos", "fft", "wavelet"]
@@ -108,14 +108,7 @@ class Sampling(BaseModel):
     @classmethod
     def of(cls, **fields) -> Self:
         """Build settings from keyword arguments; HiresError names a wrong field or value in one line."""
-        for name in fields:
-            if name not in cls.model_fields:
-                raise unknown("setting", name, cls.model_fields)
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            name, given, reason = first_mistake(error)
-            raise HiresError(f"setting {name} = {given!r}: {reason}") from None
+        return validated(cls, "setting", fields)
 
     def stage_steps(self) -> int | None:
         """Steps of a stage that starts at τ: round(N·τ/1000) of N (paper: 20 of 50); None where N or τ is not stated.

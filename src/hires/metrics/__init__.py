@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from hires.config import Metrics
-from hires.errors import HiresError
+from hires.errors import HiresError, validated
 from hires.metrics.features import Crops, Features, extract
 from hires.metrics.networks import Clip, ClipFeatures, FeatureNetwork, Inception, load_clip, load_features
 from hires.metrics.pixels import Source
@@ -62,6 +62,9 @@ def evaluate(
 
     Returns:
         One row per score: metric, value, low, high, n, flag, protocol. A score undefined at n has no row.
+
+    Raises:
+        HiresError: lists of different lengths, images of different sizes, an unknown setting or a value out of range.
     """
     if not len(images) == len(references) == len(prompts) == len(scenes or images) > 0:
         raise HiresError(
@@ -69,7 +72,7 @@ def evaluate(
             + (f", {len(scenes)} scenes" if scenes else "")
             + ": give as many of each, and at least one"
         )
-    metrics = Metrics.model_validate({"kid_subset_size": max(2, len(images)), **settings})
+    metrics = validated(Metrics, "metrics setting", {"kid_subset_size": max(2, len(images)), **settings})
     network, clip = load_features(metrics.features, device), load_clip(metrics.clip, device)
     ids = [f"{i:06}" for i in range(len(images))]
 
