@@ -189,6 +189,10 @@ def test_python_runs_the_package():
     assert (done.returncode, done.stdout) == (0, f"hires {hires.__version__}\n")
 
 
+def test_without_a_command_help_is_shown(capsys):
+    assert main([]) == 2 and "generate  make images from a prompt" in capsys.readouterr().err
+
+
 def test_public_names_are_there_for_completion():
     command = "import hires; assert {*dir(hires)} == {*hires.__all__}; [getattr(hires, name) for name in dir(hires)]"
     subprocess.run([sys.executable, "-c", command], check=True)

@@ -1,4 +1,7 @@
-"""What a command adds to a model and a prompt: LoRAs, ControlNets, IP-Adapters and the images for them."""
+"""What a command adds to a model and a prompt: LoRAs, ControlNets, IP-Adapters and the images for them, all as files.
+
+`hires.additions.extras.Extras` holds what a call in Python adds: images in memory, for what its pipeline has loaded.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress

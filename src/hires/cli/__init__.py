@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
-    if not argv or argv[0].startswith("-"):
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if argv[0].startswith("-"):
         parser.parse_args(argv)
     try:
         if argv[0] not in COMMANDS:
