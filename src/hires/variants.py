@@ -1,4 +1,4 @@
-"""Variants are data: which start, stages, attention and guidance an image is made with.
+"""Variants are data: the parts of the cascade (`hires.cascade`) that an image is made with.
 
 A new variant is one entry in the config's `variants`, or here.
 """
@@ -12,7 +12,7 @@ from hires.errors import unknown
 
 
 class Variant(BaseModel):
-    """One way to reach the target size (design: cascade of upsample, noise to τ, guided denoising)."""
+    """One way to reach the target size: which start, stages, attention and guidance."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

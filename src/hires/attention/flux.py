@@ -20,15 +20,15 @@ from hires.errors import HiresError
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
-def image_ids(grid: Grid, device: torch.device, among: Grid | None = None) -> Tensor:
+def image_ids(grid: Grid, device: torch.device, anchors: Grid | None = None) -> Tensor:
     """(rows · columns, 3) positions of a grid's tokens: 0, row, column. float32: bf16 ends at 256.
 
-    `among`: a grid of the same picture whose rows and columns are counted, (0, s·i, s·j): Scale-DiT's scaled positional
-    anchors (arXiv 2510.16325, section 3.2).
+    `anchors`: a finer grid of the same picture, s times as large, whose rows and columns are counted: (0, s·i, s·j),
+    Scale-DiT's scaled positional anchors (arXiv 2510.16325, section 3.2).
     """
     rows, columns = (
         torch.arange(side, device=device, dtype=torch.float32) * (counted / side)
-        for side, counted in zip(grid, among or grid)
+        for side, counted in zip(grid, anchors or grid)
     )
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
     return torch.cat([torch.zeros_like(places[..., :1]), places], dim=-1).flatten(0, 1)

@@ -150,7 +150,7 @@ class Flux(PackedTransformer):
         return maps
 
     def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
-        """μ is that of the base's token count at every resolution (methods: at 4096² it would otherwise reach 11.5)."""
+        """μ is that of the base's token count at every resolution, as in ScaleDiff; that of 4096² would be 11.5."""
         config = self.pipe.scheduler.config
         tokens = base_size[0] * base_size[1] // 4
         share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)

@@ -225,7 +225,7 @@ def build_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
         vae = build_vae()
         text = build_text_encoders(name)
         if name == "tiny-flux":
-            # μ is the same at every token count, so that τ means the same σ at every size (methods: schedules).
+            # μ is the same at every token count, so that τ means the same σ at every size.
             scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=1.15, max_shift=1.15)
             pipe: DiffusionPipeline = FluxPipeline(
                 scheduler=scheduler, vae=vae, transformer=build_flux_transformer(), **text

@@ -16,10 +16,8 @@ from hires.settings import PRESETS
 from hires.speed.settings import cascade_steps
 
 Row = dict[str, Any]
-SCALE_DIT_STEPS = (
-    28,
-    18,
-)  # its paper: of the low-resolution image, and dense at full size; of the high-resolution stage
+# Steps of Scale-DiT's paper: of the low-resolution image, and dense at full size; of the high-resolution stage
+SCALE_DIT_STEPS = (28, 18)
 
 
 def write(folder: Path) -> str:
