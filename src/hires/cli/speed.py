@@ -1,18 +1,28 @@
 """How fast this machine's GPU is, from 1024² to 8192²: steps, VAE, text encoders and whole images of FLUX.1-dev and
-SDXL with random weights, dense, MultiDiffusion, ScaleDiff and Scale-DiT side by side (config/speed.yaml). Each part has
-a file of its own, so a run that was cut goes on with the next part. Without a GPU the tiny models are measured.
+SDXL with random weights, dense, MultiDiffusion, ScaleDiff and Scale-DiT side by side (config/speed.yaml).
 
-hires speed tables writes tables and figures anew.
-hires speed accuracy compares images with and without the options that change pixels: 8-bit linear layers, cheaper text
-rows, extrapolated steps.
-hires speed kernels measures the attention kernels: a GPU's own, gathered windows with cuDNN ("sdpa"), FlexAttention
-("flex"), dense cuDNN ("dense"), the same through torch.compile ("sdpa-compiled"), on the layers of FLUX and SDXL.
-hires speed orders compares the orders of tokens for Scale-DiT's kernel, with --traffic in gigabytes as well.
-hires speed tune measures other tiles, warps and stages for our own kernels, and with --write commits the fastest.
+Each part has a file of its own, so a run that was cut goes on with the next part. Without a GPU the tiny models are
+measured.
 
-Examples: hires speed --plan
-          hires speed --parts flux-dev-4096,flux-dev-text
-          hires speed kernels --shapes npa-flux-4096,sdxl1 --backends triton,sdpa --accuracy
+  hires speed --plan          lists the parts, and about how long each takes
+  hires speed tables          writes tables and figures anew
+  hires speed accuracy        compares images with and without the options that
+                              change pixels: 8-bit linear layers, cheaper text
+                              rows, extrapolated steps
+  hires speed kernels         measures attention kernels on the layers of FLUX
+                              and SDXL: a GPU's own, gathered windows with cuDNN
+                              ("sdpa"), FlexAttention ("flex"), dense cuDNN
+                              ("dense"), "sdpa" through torch.compile
+                              ("sdpa-compiled")
+  hires speed orders          compares orders of tokens for Scale-DiT's kernel,
+                              with --traffic in gigabytes as well
+  hires speed tune            measures other tiles, warps and stages for our own
+                              kernels, and with --write commits the fastest
+
+Examples:
+
+  hires speed --parts flux-dev-4096,flux-dev-text
+  hires speed kernels --shapes npa-flux-4096,sdxl1 --backends triton,sdpa --accuracy
 """
 
 import argparse
@@ -33,7 +43,6 @@ OPTIONS = {  # of what is measured, besides --device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", nargs="?", default="models", choices=OPTIONS, help="what is measured (default: models)")
     parser.add_argument(
         "--device", default=None, help="cuda or cpu (default: cuda; for models and accuracy, what there is)"
