@@ -2,7 +2,7 @@
 
 Rows that are there already are kept: a run that was cut goes on. Without a GPU the small architectures run instead.
 
-Example: hires memory --rows 'flux-dev-24*,sdxl-12*'
+  hires memory --rows 'flux-dev-24*,sdxl-12*'
 """
 
 import argparse

@@ -1,13 +1,21 @@
-"""Copy a finished model into the package, or the results of a full evaluation into results/reference.
+"""Copy what is finished into the tracked tree: a model into the package, results into results/reference.
 
-`hires promote tiny-flux` takes results/train/tiny-flux to src/hires/assets/tiny-flux, with tiny-vae from the same
-place inside, and without the adapter, which was made for other weights; `hires promote scale-dit` takes that adapter,
-in half precision, to src/hires/assets/tiny-flux/adapters/scale-dit; `hires promote results --from results/evaluation`
-takes scores, crops and records, never images, and puts them beside those of other configurations: rows of
-a study that stood there are replaced; `hires promote costs --from results/evaluation` takes what `hires costs` measured
-into such scores; `hires promote memory` takes the tables of results/memory to
-results/reference/memory and into the README, and `hires promote speed` what `hires speed` measured on a GPU. Nothing
-else writes tracked files.
+  tiny-flux, tiny-sdxl, tiny-clip
+              results/train/WHAT to src/hires/assets/WHAT, with tiny-vae from
+              the same place inside, and without the adapter, which was made
+              for other weights
+  scale-dit   that adapter, in half precision, to
+              src/hires/assets/tiny-flux/adapters/scale-dit
+  results     scores, crops and records of the folder --from, never images, to
+              stand beside those of other configurations; rows of a study that
+              stood there are replaced
+  costs       what `hires costs` measured in the folder --from, into such scores
+  memory      the tables of results/memory, into the README as well
+  speed       what `hires speed` measured on a GPU, into the README as well
+
+Example:
+
+  hires promote results --from results/evaluation
 """
 
 import argparse

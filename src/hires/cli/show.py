@@ -1,6 +1,6 @@
 """Show how an image came to be, from the record that its PNG or TIFF carries, or make it once more from that record.
 
-Example: hires show rings.png --again rings-again.png
+  hires show rings.png --again rings-again.png
 
 Exit code: 0; with --again 1 if the pixels differ; 2 for bad input.
 """

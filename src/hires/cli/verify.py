@@ -1,6 +1,6 @@
 """Check that results are as they were made: recompute the hashes of all files, and compare the records.
 
-Example: hires verify results/embedded --again 3
+  hires verify results/embedded --again 3
 
 One line per difference: missing; changed; extra, listed nowhere; other, made by another version, commit, configuration
 or model. Exit code: 0 without a difference, 1 with one, 2 for bad input.
