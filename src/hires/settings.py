@@ -37,6 +37,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # schedule, prompt, guidance
     num_inference_steps: int | None = Field(None, ge=1, description="steps of the whole schedule")
     guidance_scale: float | None = Field(
         None, ge=0, description="CFG weight (SDXL, FLUX.2 base) or distilled guidance (FLUX.1)"
@@ -49,6 +50,8 @@ class Sampling(BaseModel):
     )
     prompt_suffix: str = Field("", description="appended to every prompt; the FLUX reference adds a quality suffix")
     max_sequence_length: int | None = Field(None, ge=1, description="text tokens of FLUX's T5 or language model")
+
+    # stages above the base: noised to τ, from Z_ref (LFM), guided by it (SG)
     tau: float | None = Field(
         None, gt=0, le=1000, description="a stage is noised to τ and runs the last round(N·τ/1000) of N steps"
     )
@@ -64,17 +67,24 @@ class Sampling(BaseModel):
         None, description="SG weight over the schedule: normalised, t_raw; SDXL: one_minus_alpha_bar; FLUX: sigma"
     )
     gamma_scale: float = Field(1.0, ge=0, description="multiplies the SG weight")
+
+    # DiffuseHigh
     dwt_steps: int | None = Field(
         None,
         ge=0,
         description="DiffuseHigh: first steps of a stage that are guided; default: a third (theirs: 5 of 15)",
     )
+
+    # Neighborhood Patch Attention
     text_rows: Literal["patch", "global"] = Field(
-        "patch", description="NPA: text queries see each window, then the mean (patch), or all once"
+        "patch",
+        description="NPA: text queries see each window, then the mean (patch), or the whole image once (global)",
     )
     window_scale: float = Field(1.0, gt=0, description="NPA: side of the windows over that of the base's token grid")
     window_overlap: float = Field(0.5, ge=0, lt=1, description="NPA: share that neighbouring windows overlap")
     random_shift: bool = Field(False, description="NPA query window random shifting (ScaleDiff, appendix B.1)")
+
+    # Scale-DiT
     local_radius: int | None = Field(None, ge=1, description="Scale-DiT: tokens that a token sees to each side")
     local_window: int | None = Field(None, ge=1, description="Scale-DiT: side of fixed windows, in place of the radius")
     token_order: Literal["hilbert", "morton", "window", "raster"] = Field(
@@ -89,13 +99,21 @@ class Sampling(BaseModel):
         True, description="Scale-DiT: its tokens stand where their content stands; false: at (i, j)"
     )
     lr_adapter: bool = Field(True, description="Scale-DiT: the adapter is on for it; false is an ablation")
+
+    # guidance and timesteps above the base, where they differ
     stage_guidance_scale: float | None = Field(None, ge=0, description="guidance of the stages above the base")
     stage_shift: float | None = Field(
         None, gt=0, description="FLUX: timestep shift exp μ of the stages above the base; default: that of the base"
     )
+
+    # MultiDiffusion
     view_overlap: float = Field(0.5, ge=0, lt=1, description="share that neighbouring MultiDiffusion views overlap")
     view_batch: int = Field(8, ge=1, description="MultiDiffusion views in one model call")
+
+    # SDXL
     time_ids: Literal["target", "base"] = Field("target", description="SDXL: original_size and target_size")
+
+    # how it is computed
     vae_tiling: bool | None = Field(None, description="tile the VAE; default: above 4 times the base area")
     linears: Literal["full", "fp8"] = Field("full", description="fp8: linear layers of the blocks in 8 bits")
     step_cache: int | None = Field(
