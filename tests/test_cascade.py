@@ -107,7 +107,7 @@ def test_base_latents_depend_on_the_base_settings_alone(flux):
 
     given = {"num_inference_steps": 5, "guidance_scale": 2.0, "true_cfg_scale": 1.5, "negative_prompt": "grey"}
     want = latents()
-    assert {*OTHERS, *flux.without} == {*Sampling.model_fields}
+    assert {*OTHERS, *flux.unused_settings} == {*Sampling.model_fields}
     assert torch.equal(latents(**{name: value for name, value in OTHERS.items() if name not in BASE_SETTINGS}), want)
     for name in BASE_SETTINGS:
         assert not torch.equal(latents(**{name: OTHERS[name]}), want), name

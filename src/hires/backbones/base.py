@@ -46,11 +46,13 @@ class Backbone(ABC):
         vae_backend: of hires_kernels, for the VAE's residual blocks; "reference" leaves them to diffusers.
     """
 
+    families: ClassVar[dict[str, type["Backbone"]]] = {}  # by name; a subclass that states its `family` is added
+
+    # What a family states, beside the abstract methods.
     family: ClassVar[str]
     pipeline_class: ClassVar[type]
-    families: ClassVar[dict[str, type["Backbone"]]] = {}
     siblings: ClassVar[tuple[type, ...]] = ()  # pipelines with the same components, under the same names
-    without: tuple[str, ...] = ()  # settings that mean nothing to the family
+    unused_settings: tuple[str, ...] = ()  # settings that mean nothing to the family
     gammas: ClassVar[tuple[Gamma, ...]] = ("sigma", "normalised", "t_raw")  # weights of Structure Guidance
     cuda_dtype: ClassVar[torch.dtype] = torch.bfloat16  # what its weights are loaded in on a GPU
     controlnet_class: ClassVar[Any] = None
@@ -278,11 +280,11 @@ class Backbone(ABC):
             return {}
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
-        return {key: value for key, value in PRESETS[name].items() if key not in self.without}
+        return {key: value for key, value in PRESETS[name].items() if key not in self.unused_settings}
 
     def check_settings(self, sampling: Sampling) -> None:
         """Raise HiresError where a setting is given that this family has no use for."""
-        for name in self.without:
+        for name in self.unused_settings:
             given = getattr(sampling, name)
             if name in sampling.model_fields_set and given != Sampling.model_fields[name].default:
                 raise HiresError(f"setting {name} = {given!r} means nothing to a {self.family} model: leave it out")

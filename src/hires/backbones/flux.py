@@ -75,7 +75,7 @@ class Flux(PackedTransformer):
     family = "flux"
     pipeline_class = FluxPipeline
     siblings = (FluxControlNetPipeline, FluxImg2ImgPipeline, FluxControlNetImg2ImgPipeline)
-    without = ("time_ids",)
+    unused_settings = ("time_ids",)
     controlnet_class = FluxControlNetModel
     controlnet_pipeline = FluxControlNetPipeline
     controlnet_facts = (

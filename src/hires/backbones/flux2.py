@@ -26,12 +26,12 @@ class Flux2Klein(PackedTransformer):
 
     family = "flux2"
     pipeline_class = Flux2KleinPipeline
-    without: tuple[str, ...] = ("time_ids", "true_cfg_scale", "step_cache", *SCALE_DIT_SETTINGS)
+    unused_settings: tuple[str, ...] = ("time_ids", "true_cfg_scale", "step_cache", *SCALE_DIT_SETTINGS)
 
     def __init__(self, pipe: Any, name: str, hints: dict[str, Any], revision: str | None):
         super().__init__(pipe, name, hints, revision)
         if pipe.config.is_distilled:
-            self.without += ("guidance_scale", "stage_guidance_scale", "negative_prompt")
+            self.unused_settings += ("guidance_scale", "stage_guidance_scale", "negative_prompt")
 
     def _family_defaults(self) -> Resolved:
         """The model cards' steps and guidance. τ is the project's choice, on no image of these models yet: with the

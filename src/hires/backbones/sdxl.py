@@ -32,7 +32,9 @@ class SDXL(Backbone):
         StableDiffusionXLControlNetImg2ImgPipeline,
     )
     gammas = ("one_minus_alpha_bar", "normalised", "t_raw")
-    without = ("max_sequence_length", "text_rows", *SCALE_DIT_SETTINGS, "stage_shift", "true_cfg_scale", "step_cache")
+    unused_settings = (
+        "max_sequence_length", "text_rows", *SCALE_DIT_SETTINGS, "stage_shift", "true_cfg_scale", "step_cache",
+    )  # fmt: skip
     controlnet_class = ControlNetModel
     controlnet_pipeline = StableDiffusionXLControlNetPipeline
     controlnet_facts = (

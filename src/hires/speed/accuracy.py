@@ -72,7 +72,7 @@ def images(model: str, device: torch.device, count: int) -> Iterator[dict[str, A
 
     before = distance(exact)
     for name, settings in OPTIONS.items():
-        given = {key: value for key, value in settings.items() if key not in backbone.without}
+        given = {key: value for key, value in settings.items() if key not in backbone.unused_settings}
         if not given or (name != "fast" and given != settings):
             continue
         latents, pixels = made(given)
@@ -96,7 +96,7 @@ def outputs(model: str, dtype: str, device: torch.device, side: int) -> Iterator
     backbone = load(model, device, dtype, weights="random")
     exact = _output(backbone, side, {})
     for name, settings in OPTIONS.items():
-        given = {key: value for key, value in settings.items() if key not in (*backbone.without, "step_cache")}
+        given = {key: value for key, value in settings.items() if key not in (*backbone.unused_settings, "step_cache")}
         if given and (name == "fast" or given == settings):
             error = relative(_output(backbone, side, given), exact)
             yield {"model": f"{model}, {side}², random weights", "option": name, "n": 1, "latents": error}
