@@ -1,6 +1,6 @@
 """What the processors of FLUX's joint attention share: projections, QK-norm and RoPE of both streams."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hires_kernels
@@ -12,9 +12,10 @@ from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
     _get_qkv_projections,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from hires.attention.layers import Grid, Layer
+from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -116,6 +117,46 @@ def image_prompt_term(
         seen = dispatch_attention_fn(query, key, value, backend=adapter._attention_backend)
         term = term + scale * seen.flatten(2)
     return term
+
+
+class FluxProcessor(WindowedProcessor):
+    """Joint attention of FLUX's double blocks (text apart) and single blocks (text in front of the image).
+
+    A subclass has `attend`, which takes the arguments of a call and gives what it returns, and the image query as
+    projected.
+    """
+
+    attend: Callable[..., tuple[Any, Tensor]]
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)[0]
+
+
+class FluxIPAdapterProcessor(nn.Module, FluxProcessor):
+    """A double block with an IP-Adapter: the adapter's own weights, and its image-prompt term as a third output.
+
+    A module, so that the adapter's weights stay part of the model and move with it.
+    """
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ip_hidden_states: Sequence[Tensor] = (),
+        ip_adapter_masks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return *output, image_prompt_term(self.wrapped, attn, query, ip_hidden_states)
 
 
 def check_call(kind: str, layer: Layer, tokens: int, attention_mask: Tensor | None) -> None:

@@ -12,13 +12,12 @@ import hires_kernels
 import torch
 from diffusers.models import attention_processor
 from diffusers.models.transformers.transformer_flux import (
-    FluxAttention,
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
 from torch import Tensor, nn
 
-from hires.attention.flux import Joint, check_call, image_prompt_term, joint_projections
+from hires.attention.flux import FluxIPAdapterProcessor, FluxProcessor, Joint, check_call, joint_projections
 from hires.attention.layers import AttentionHandle, Layer, scaled
 from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
@@ -177,22 +176,11 @@ class UNetNpaProcessor(WindowedProcessor):
         return attn.to_out[1](attn.to_out[0](image.flatten(2)))
 
 
-class FluxNpaProcessor(WindowedProcessor):
-    """Joint attention of FLUX's double blocks (text apart) and single blocks (text in front of the image)."""
+class FluxNpaProcessor(FluxProcessor):
+    """Neighborhood Patch Attention of FLUX's double and single blocks."""
 
     def __init__(self, wrapped: Any, operation: NpaLayer) -> None:
         self.wrapped, self.operation = wrapped, operation
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        output, _ = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        return output
 
     def project(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb) -> Joint:
         """What attends: FLUX.1's text has position 0, which rotates by nothing."""
@@ -210,28 +198,12 @@ class FluxNpaProcessor(WindowedProcessor):
         return (attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text_rows)), joint.projected
 
 
-class FluxIPAdapterNpaProcessor(nn.Module, FluxNpaProcessor):
-    """A double block with an IP-Adapter: the adapter's own weights, and its image-prompt term as a third output.
-
-    A module, so that the adapter's weights stay part of the model and move with it.
-    """
+class FluxIPAdapterNpaProcessor(FluxIPAdapterProcessor, FluxNpaProcessor):
+    """The same with an IP-Adapter."""
 
     def __init__(self, wrapped: FluxIPAdapterAttnProcessor, operation: NpaLayer) -> None:
         nn.Module.__init__(self)
         FluxNpaProcessor.__init__(self, wrapped, operation)
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        ip_hidden_states: Sequence[Tensor] = (),
-        ip_adapter_masks: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        return *output, image_prompt_term(self.wrapped, attn, query, ip_hidden_states)
 
 
 # A stock processor and what stands in for it; other modules of this package add theirs.

@@ -5,19 +5,17 @@ of the stock transformer over it (`low_resolution_pass`, where the adapter is on
 high-resolution steps append to their own keys (where it is off).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import hires_kernels
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from hires_kernels.orders import ORDERS
 from torch import Tensor, nn
 
-from hires.attention.flux import check_call, image_ids, image_prompt_term, joint_projections
+from hires.attention.flux import FluxIPAdapterProcessor, FluxProcessor, check_call, image_ids, joint_projections
 from hires.attention.layers import AttentionHandle, Grid, Layer
-from hires.attention.processors import WindowedProcessor
 from hires.errors import HiresError, unknown
 
 NEIGHBOURS = ("row", "all")
@@ -80,22 +78,12 @@ def _check_reach(radius: int | None, window: int | None) -> None:
         raise HiresError(f"radius {radius} and window {window}: scale_dit needs one of the two, in tokens")
 
 
-class FluxScaleDitProcessor(WindowedProcessor):
-    """Joint attention of FLUX's double and single blocks with a local image part."""
+class FluxScaleDitProcessor(FluxProcessor):
+    """Local attention of FLUX's double and single blocks."""
 
     def __init__(self, wrapped: Any, layer: Layer, options: dict[str, Any], collect: Guidance | None) -> None:
         self.wrapped, self.layer, self.options, self.collect = wrapped, layer, options, collect
         self.tokens = layer.grid[0] * layer.grid[1]
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)[0]
 
     def attend(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
         """What the processor returns, and the image query as projected."""
@@ -121,28 +109,12 @@ class FluxScaleDitProcessor(WindowedProcessor):
         return output, joint.projected
 
 
-class FluxIPAdapterScaleDitProcessor(nn.Module, FluxScaleDitProcessor):
-    """A double block with an IP-Adapter (see `hires.attention.npa.FluxIPAdapterNpaProcessor`).
-
-    The low-resolution pass is called without an image prompt.
-    """
+class FluxIPAdapterScaleDitProcessor(FluxIPAdapterProcessor, FluxScaleDitProcessor):
+    """The same with an IP-Adapter. The low-resolution pass is called without an image prompt."""
 
     def __init__(self, wrapped: Any, layer: Layer, options: dict[str, Any], collect: Guidance | None) -> None:
         nn.Module.__init__(self)
         FluxScaleDitProcessor.__init__(self, wrapped, layer, options, collect)
-
-    def __call__(
-        self,
-        attn: FluxAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        ip_hidden_states: Sequence[Tensor] = (),
-        ip_adapter_masks: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        output, query = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        return *output, image_prompt_term(self.wrapped, attn, query, ip_hidden_states)
 
 
 def low_resolution_radius(radius: int | None, window: int | None, grid: Grid, low_grid: Grid) -> int:
