@@ -8,15 +8,15 @@ from snakemake.exceptions import WorkflowError
 
 from hires import layout
 from hires.config import load_config
-from hires.execution.devices import uses_gpu
-from hires.errors import HiresError
 from hires.data.frozen import load_frozen
-from hires.provenance import store_config, stored_config
 from hires.data.sources import is_address, parquet_files
+from hires.errors import HiresError
+from hires.execution.devices import uses_gpu
+from hires.files.storage import claim, not_ahead
+from hires.provenance import store_config, stored_config
 from hires.stages import VERSIONS
 from hires.stages.models import files, folder_files
 from hires.stages.notebook import check_all
-from hires.files.storage import claim, not_ahead
 
 ENVIRONMENT = "../environment.yml"
 

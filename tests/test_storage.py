@@ -12,6 +12,7 @@ import pytest
 
 from hires.errors import HiresError
 from hires.execution.devices import gpus, locked_device, uses_gpu
+from hires.files.blocks import with_block
 from hires.files.storage import (
     claim,
     digest,
@@ -189,3 +190,10 @@ def test_without_a_gpu(monkeypatch):
 def test_a_gpu_that_is_not_there(two_gpus):
     with pytest.raises(HiresError, match="shows 2 GPU"), locked_device("cuda:2"):
         pass
+
+
+def test_a_block_of_a_page_is_replaced_and_the_rest_stays():
+    page = "a\n<!-- keys: made by x -->\nold\n<!-- /keys -->\nb\n<!-- other: y -->\nkept\n<!-- /other -->\n"
+    assert with_block(page, "keys", r"new \1" + "\n") == page.replace("old", r"new \1")
+    with pytest.raises(HiresError, match="<!-- speed: "):
+        with_block(page, "speed", "new\n")
