@@ -278,3 +278,21 @@ def test_a_rehearsal_on_a_gpu():
     del output, launch
     recorder.release()
     assert torch.cuda.memory_reserved() == before
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_recording_takes_what_is_cached_where_a_process_may_have_no_more():
+    recorder, x = CudaRecorder(torch.device("cuda")), torch.ones(2**20, device="cuda")
+    torch.cuda.empty_cache()
+    torch.empty(2**28, device="cuda")  # 1 GiB, cached
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
+    try:
+        (output,), launch = recorder.record(lambda x: (x.expand(2**8, -1) + 1,), [x])
+        launch()
+        assert output.eq(2).all()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    del output, launch
+    recorder.release()

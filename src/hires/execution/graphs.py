@@ -172,8 +172,11 @@ class CudaRecorder:
 
     def _make_room(self) -> None:
         """Give cached memory back, a rehearsal's among it, where twice as much isn't free: no recording can take it."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if free < 2 * (torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)):
+        device = self.stream.device
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = total * torch.cuda.memory.get_per_process_memory_fraction(device)
+        if min(free, allowed - reserved) < 2 * (reserved - torch.cuda.memory_allocated(device)):
             torch.cuda.empty_cache()
 
     def release(self) -> None:
