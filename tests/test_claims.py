@@ -8,6 +8,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from hires import figures
 from hires.analysis import claims, tables
 from hires.analysis.results import Results
 from hires.analysis.statistics import holm, p_value, t_interval, t_p_value
@@ -247,6 +248,14 @@ def test_mistakes_in_claims_are_one_line(tmp_path):
     path.write_text(yaml.safe_dump([entry, entry]))
     with pytest.raises(HiresError, match="named twice: c"):
         claims.load_claims(path)
+
+
+def test_every_test_that_expects_a_side_has_its_mark(tmp_path):
+    tests = [("kid", "x", "y", -1.0, 0.5, 1e-9), ("fid", "x", "y", 0.0, 0.0, 1.0), ("clip", "x", "y", -2.0, 0.0, 0.0)]
+    asked = [claim(tests={"kid": "lower", "fid": "lower", "clip": "higher"}), claim(id="d", a="z")]
+    figure = figures.verdicts(claims.judge(asked, results(tmp_path, tests)))
+    marks = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() != "None"]
+    assert marks == [[[2.0, 0]], [[0.0, 1]], [[-8.0, 2]]]  # −1 is two half widths to the paper's side
 
 
 def test_directions_are_compared_with_the_printed_ones(tmp_path):

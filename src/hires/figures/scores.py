@@ -160,7 +160,7 @@ def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str)
             handles.append(Line2D([], [], color=colour(TRUE), linestyle=":", label=TRUE))
             xlabel += f"; {_HALVES}" * bool(set(names) & set(tables.HALVED))
         figure.supxlabel(xlabel, fontsize=8)
-        figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(handles)))
+        figure.legend(handles=handles, loc="outside upper right", ncols=min(5, len(handles)))
     return figure
 
 

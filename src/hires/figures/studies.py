@@ -27,7 +27,7 @@ def verdicts(judged: pd.DataFrame) -> Figure:
     rows = judged[(judged["verdict"] != MISSING) & (judged["expected"] != "same")].reset_index(drop=True)
     half = ((rows["high"] - rows["low"]) / 2).astype(float)
     side = np.where(rows["expected"] == "higher", 1.0, -1.0)
-    place = (side * rows["difference"].astype(float) / half.where(half > 0)).clip(-_FARTHEST, _FARTHEST)
+    place = (side * rows["difference"].astype(float) / half).clip(-_FARTHEST, _FARTHEST).fillna(0.0)  # 0 / 0
     with style():
         figure, ((axis,),) = panels(1, 1, 0.6 + 0.15 * max(1, len(rows)))
         axis.axvspan(-1, 1, color="#efefef")
