@@ -262,11 +262,12 @@ def test_directions_are_compared_with_the_printed_ones(tmp_path):
     printed = pd.DataFrame(
         [
             {"backbone": "SDXL", "resolution": 4096, "variant": variant, "metric": "fid", "value": value}
-            for variant, value in (("npa", 64.2), ("npa+lfm", 62.3))
+            for variant, value in (("npa", 64.2), ("npa+lfm", 62.3), ("npa+sg", 64.2))
         ]
     )
-    found = results(tmp_path, [("fid", "npa", "npa+lfm", -1.0, 0.2, 0.01)]).paired
-    row = claims.directions(printed, found).iloc[0]
+    pairs = [("fid", "npa", "npa+lfm", -1.0, 0.2, 0.01), ("fid", "npa+sg", "npa", -1.0, 0.2, 0.01)]
+    found = results(tmp_path, pairs).paired
+    (row,) = claims.directions(printed, found).to_dict("records")  # npa+sg and npa are printed as equal
     assert (row["a"], row["b"]) == ("npa+lfm", "npa")
     assert row["printed difference"] == pytest.approx(-1.9) and row["difference"] == 1.0
     assert row["same direction"] == "no"

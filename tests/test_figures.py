@@ -295,7 +295,7 @@ def test_a_protocol_is_set_against_the_gain_under_it():
     (row,) = tables.protocol_gains(pd.DataFrame(scores), pd.DataFrame(tests), "scalediff", "npa").to_dict("records")
     assert row["scalediff − npa"] == "−2.0 [−2.5, −1.5]" and row["scalediff − npa by it"] == "−1.0 [−1.5, −0.5]"
     assert row["other protocol"] == "not antialiased"
-    assert row["moves scalediff by"] == "+3" and row["moved / gain"] == "1.5"
+    assert row["moves scalediff by"] == "+3.0" and row["moved / gain"] == "1.5"
 
 
 def test_comparison_shows_images_and_crops(tmp_path):

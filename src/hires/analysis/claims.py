@@ -248,7 +248,7 @@ def overview(claims: Sequence[Claim], judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def directions(printed: pd.DataFrame, paired: pd.DataFrame) -> pd.DataFrame:
-    """Signs of a paper's differences between variants beside ours, for the metrics that both have.
+    """Signs of a paper's differences between variants beside ours, for the metrics that both have; none where it is 0.
 
     Args:
         printed: of one table, from `tables.published`.
@@ -260,7 +260,7 @@ def directions(printed: pd.DataFrame, paired: pd.DataFrame) -> pd.DataFrame:
         values = dict(zip(group["variant"], group["value"]))
         names = tables.variants_of(group)
         for i, a in enumerate(names):
-            for b in names[:i]:
+            for b in (name for name in names[:i] if values[name] != values[a]):
                 for test in where(tables.contrasts(paired, [(a, b)]), metric=metric).itertuples():
                     rows.append(
                         {

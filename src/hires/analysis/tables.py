@@ -187,7 +187,7 @@ def differences(paired: pd.DataFrame, names: Sequence[str] | None = None) -> pd.
     paired = paired.sort_values(["backbone", "height", "width"], kind="stable")
     for (backbone, height, width, a, b), group in paired.groupby(["backbone", "height", "width", "a", "b"], sort=False):
         row = {"backbone": backbone, "size": size_name(height, width), "a − b": pair_label(a, b)}
-        row["n"] = _range(group["n"])
+        row["n"] = amount(group)
         for name in names:
             cell = where(group, metric=name)
             row[metric(name).title] = _difference(cell.iloc[0], metric(name)) if len(cell) else "–"
@@ -352,7 +352,9 @@ def protocol_gains(scores: pd.DataFrame, paired: pd.DataFrame, a: str, b: str) -
             twins = [*where(tests, metric=other, **place).itertuples()]
             if usual.empty or moved.empty or not twins:
                 continue
-            shown, by = metric(name), moved.item() - usual.item()
+            shown = metric(name)
+            by = (moved.item() - usual.item()) * shown.scale
+            digits = _digits((test.high - test.low) * shown.scale)
             rows.append(
                 {
                     "backbone": test.backbone,
@@ -361,8 +363,8 @@ def protocol_gains(scores: pd.DataFrame, paired: pd.DataFrame, a: str, b: str) -
                     f"{a} − {b}": _signed(test, shown),
                     "other protocol": metric(other).label.partition(", ")[2],
                     f"{a} − {b} by it": _signed(twins[0], shown),
-                    f"moves {a} by": f"{by * shown.scale:+.3g}".replace("-", "−"),
-                    "moved / gain": f"{abs(by / test.difference):.2g}" if test.difference else "–",
+                    f"moves {a} by": interval(by, by, by, signed=True, digits=digits),
+                    "moved / gain": f"{abs(by / test.difference / shown.scale):.2g}" if test.difference else "–",
                 }
             )
     return pd.DataFrame(rows)
@@ -501,7 +503,13 @@ def _amount(rows: pd.DataFrame) -> str:
     found = [re.search(r"against (\d+) images.* resamples of (\d+) prompts", text) for text in rows["protocol"]]
     counts = [(int(match[1]), int(match[2])) for match in found if match]
     lost = pd.Series([references for references, prompts in counts if references < prompts])
-    return _range(rows["n"]) + (f" ({_range(lost)} references)" if len(lost) else "")
+    return amount(rows) + (f" ({_range(lost)} references)" if len(lost) else "")
+
+
+def amount(rows: pd.DataFrame) -> str:
+    """How many images are behind some rows; time and memory are measured on a few of them, and count if alone."""
+    images = rows[~rows["metric"].isin(_COSTS)]
+    return _range((images if len(images) else rows)["n"])
 
 
 def _range(values: pd.Series) -> str:

@@ -113,7 +113,7 @@ def _promote_results(source: Path, what: str) -> None:
     sets = image_sets(REFERENCE / TABLES[0])
     for name in studies:
         print(f"{name}: {sets[name]} image sets, {former[name]} before")
-    size = sum(f.stat().st_size for f in REFERENCE.rglob("*")) / 2**20
+    size = sum(f.stat().st_size for f in REFERENCE.rglob("*") if f.is_file()) / 2**20
     print(f"{REFERENCE}: {size:.1f} MiB in all")
 
 

@@ -215,6 +215,4 @@ def _points(axis, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> 
 
 def _heading(rows: pd.DataFrame) -> str:
     sizes = ", ".join(size_name(*size) for size in tables.sizes_of(rows))
-    low, high = rows["n"].min(), rows["n"].max()
-    n = f"n = {low}" if low == high else f"n = {low}–{high}"
-    return f"{', '.join(sorted(set(rows['backbone'])))}, {sizes} px, {n}, bars: 95% intervals"
+    return f"{', '.join(sorted(set(rows['backbone'])))}, {sizes} px, n = {tables.amount(rows)}, bars: 95% intervals"
