@@ -42,7 +42,7 @@ rule report:
 rule figures:
     input:
         [f"results/figures/notebooks/{name}.ipynb" for name in CONFIG.notebooks],
-        "results/figures/notebooks/07_claims.ipynb",
+        "results/figures/claims.html",
 
 
 rule speed:

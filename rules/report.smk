@@ -101,6 +101,21 @@ rule redraw_claims:
         " --output results 2>&1 | tee {log}"
 
 
+rule claims_page:
+    input:
+        "results/figures/notebooks/07_claims.ipynb",
+    output:
+        "results/figures/claims.html",
+    log:
+        "results/figures/logs/claims.log",
+    conda:
+        ENVIRONMENT
+    message:
+        "The claims as one page"
+    shell:
+        "python -m nbconvert --to html --no-input --output-dir results/figures --output claims {input} 2>&1 | tee {log}"
+
+
 rule redraw:
     input:
         notebook="notebooks/{notebook}.ipynb",

@@ -178,7 +178,7 @@ def test_figures_need_reference_results_and_generate_nothing(folder):
     assert "no results/reference/metrics.parquet to draw figures from yet" in done.stdout + done.stderr
     (folder / "results/reference").mkdir(parents=True)
     (folder / "results/reference/metrics.parquet").touch()
-    assert set(jobs(snakemake(folder, "-n", "figures"))) == {"redraw", "redraw_claims", "figures"}
+    assert set(jobs(snakemake(folder, "-n", "figures"))) == {"redraw", "redraw_claims", "claims_page", "figures"}
 
 
 def test_images_are_made_once(folder):
