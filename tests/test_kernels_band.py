@@ -163,3 +163,15 @@ def test_two_gpus_exchange_what_they_need(tmp_path):
     assert torch.equal(torch.cat([first[0], second[0]], 1), rows)
     assert torch.equal(first[1], second[1])
     assert (first[1] - text_rows).float().norm() < 0.01 * text_rows.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+def test_kernels_run_where_their_tensors_are(backend):
+    """And not on the current GPU."""
+    with torch.cuda.device(0):
+        first, second = (
+            whole(*inputs(**LARGE, device=device), LARGE["grid"], (64, 64), backend) for device in ("cuda:0", "cuda:1")
+        )
+    assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second))

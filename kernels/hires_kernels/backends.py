@@ -7,6 +7,7 @@ inside the functions), and one line in `BACKENDS`. Its check is what chooses it 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -46,6 +47,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def _installed(name: str) -> bool:
+    """Once for each process: a search takes as long as a launch."""
+    return find_spec(name) is not None
+
+
 ON_IMAGES = ("group_norm", "add_bias")  # any number of channels, no heads
 TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope", *ON_IMAGES)
 HEAD_DIMS = (32, 64, 128)
@@ -56,7 +63,7 @@ PATCHES = "its query patches have half the window's side"
 def _triton(problem: Problem) -> str | None:
     if problem.operation not in TRITON_OPERATIONS:
         return f"it runs {', '.join(TRITON_OPERATIONS)}"
-    if find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed"
     if problem.device.type != "cuda" and not interpreted():
         return f"it needs a CUDA device, got {problem.device.type}"

@@ -322,30 +322,31 @@ def neighborhood_patch_attention(
     if scale <= 0:
         raise KernelError(f"scale {scale}: fused kernels need a positive one")
     query, key, value = (channels_together(x) for x in (query, key, value))
-    image = new_like(query)
-    shift = None if shift is None else shift.to(query.device, torch.int32)
-    patches = tiling(grid, window, shift, patch)
-    if rows is not None:  # the grid of patches, moved down
-        down = query.new_zeros(len(query), 2, dtype=torch.int32)
-        down[:, 0] = -rows[0]
-        patches = Patches(grid, window, (ceil((rows[1] - rows[0]) / (window[0] // 2)), patches.count[1]), down)
-    if text is None or text[0].shape[1] == 0:
-        run((query, key, value), None, patches, scale, output=image, spared=spared)
-        return image, None if text is None else new_like(text[0])
+    with torch.cuda.device_of(query):
+        image = new_like(query)
+        shift = None if shift is None else shift.to(query.device, torch.int32)
+        patches = tiling(grid, window, shift, patch)
+        if rows is not None:  # the grid of patches, moved down
+            down = query.new_zeros(len(query), 2, dtype=torch.int32)
+            down[:, 0] = -rows[0]
+            patches = Patches(grid, window, (ceil((rows[1] - rows[0]) / (window[0] // 2)), patches.count[1]), down)
+        if text is None or text[0].shape[1] == 0:
+            run((query, key, value), None, patches, scale, output=image, spared=spared)
+            return image, None if text is None else new_like(text[0])
 
-    text_query, text_key, text_value = (channels_together(x) for x in text)
-    text_image = new_like(text_query)
-    keys = turn(text_key, rope, patches)
-    if text_rows == "patch":
-        queries = turn(text_query, rope, patches)
-        partial = queries if rope is not None else queries.new_empty(patches.shape(text_query))
-        tokens = queries, keys, text_value
-        run((query, key, value), tokens, patches, scale, output=image, text_output=partial, spared=spared)
-        average(partial, None, text_image)
-    else:
-        run((query, key, value), (text_query, keys, text_value), patches, scale, output=image, spared=spared)
-        global_text_rows((query, key, value), (text_query, text_key, text_value), grid, rope, scale, text_image)
-    return image, text_image
+        text_query, text_key, text_value = (channels_together(x) for x in text)
+        text_image = new_like(text_query)
+        keys = turn(text_key, rope, patches)
+        if text_rows == "patch":
+            queries = turn(text_query, rope, patches)
+            partial = queries if rope is not None else queries.new_empty(patches.shape(text_query))
+            tokens = queries, keys, text_value
+            run((query, key, value), tokens, patches, scale, output=image, text_output=partial, spared=spared)
+            average(partial, None, text_image)
+        else:
+            run((query, key, value), (text_query, keys, text_value), patches, scale, output=image, spared=spared)
+            global_text_rows((query, key, value), (text_query, text_key, text_value), grid, rope, scale, text_image)
+        return image, text_image
 
 
 @dataclass(frozen=True)

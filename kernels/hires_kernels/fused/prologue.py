@@ -205,7 +205,7 @@ def qk_norm_rope(
     if programs == 0:
         return *outs, *text_outs
     watching.launched("fused.qk_norm_rope", **launch)
-    with _device(query):
+    with torch.cuda.device_of(query):
         qk_norm_rope_kernel[(programs,)](
             query,
             key,
@@ -238,8 +238,3 @@ def qk_norm_rope(
 
 def _by_channel(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _device(x: Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.device(x.device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 Forward = Callable[..., Tensor]
+PLAIN = (nn.GroupNorm, nn.SiLU, nn.Conv2d, nn.Dropout, nn.Identity)  # what a block may consist of
 
 
 @contextmanager
@@ -84,9 +85,6 @@ def _channels_last(forward: Forward, x: Tensor) -> Tensor:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-PLAIN = (nn.GroupNorm, nn.SiLU, nn.Conv2d, nn.Dropout, nn.Identity)
 
 
 def _compiled(module: nn.Module) -> bool:
