@@ -44,7 +44,8 @@ def error(given, exact):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SHAPES)
 def test_group_norm_is_the_formula(case, dtype, device):
-    """Both backends, at most twice PyTorch's own error; values far from zero, where squares would cancel."""
+    """Both backends, at most twice PyTorch's own error, and a rounding of the mean, which is float32 and thirty times
+    the deviation: values far from zero, where squares would cancel."""
     (batch, channels, *size), groups = SHAPES[case]
     x = draw(batch, channels, *size, mean=30.0).to(dtype)
     x = x.to(memory_format=torch.channels_last) if groups > 4 else x  # any strides
@@ -54,6 +55,7 @@ def test_group_norm_is_the_formula(case, dtype, device):
         x, weight, bias, moved = (value.to(device) for value in (x, weight, bias, moved))
         plain = functional.group_norm(x + moved[:, None, None], groups, weight, bias, 1e-3)
         allowed = 2 * error(functional.silu(plain) if silu else plain, exact) + torch.finfo(dtype).eps
+        allowed += 30 * torch.finfo(torch.float32).eps
         for backend in ("reference", "triton"):
             found = group_norm(x, groups, weight, bias, eps=1e-3, silu=silu, shift=moved, backend=backend)
             assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
