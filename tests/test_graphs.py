@@ -269,10 +269,10 @@ def test_a_rehearsal_on_a_gpu():
         assert recorder.rehearse(lambda: warnings.warn("mine", stacklevel=1))[1]
         assert not recorder.rehearse(lambda: (x.sum().item(), warnings.warn("mine", stacklevel=1)))[1]
     assert len(found) == 2
-    recorder.record(lambda x: (x + 1,), [x])  # the generator's seeds for recordings stay, in 2 MiB of their own
-    recorder.release()
     torch.cuda.empty_cache()
     torch.empty(2**28, device="cuda"), x.eq(3).all()  # stay cached
+    recorder.record(lambda x: (x + 1,), [x])  # as do a generator's seeds, 2 MiB on the recorder's stream
+    recorder.release()
     before = torch.cuda.memory_reserved()
     (output,), launch = recorder.record(lambda x: (x + 1,), [x])
     assert torch.cuda.memory_reserved() > before
