@@ -1,4 +1,5 @@
-"""FID and KID of the same features by other programs: scipy's matrix root, and the estimator written out."""
+"""FID, KID and IS of the same features by other programs: scipy's matrix root, the estimator written out, and, with the
+extra [paper] (pytest -m paper), torch-fidelity."""
 
 import numpy as np
 import pytest
@@ -41,3 +42,19 @@ def test_kid_is_the_unbiased_estimator_written_out(features):
     owners, once = torch.arange(40), torch.ones(1, 40, dtype=torch.long)
     replicate = distances.kid_replicates(*(part[:40] for part in features), owners, owners, once)
     assert replicate.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.paper
+def test_torch_fidelity_agrees(features):
+    from torch_fidelity import metric_fid, metric_isc, metric_kid
+
+    x, y = (part.double() for part in features)
+    theirs = metric_fid.fid_statistics_to_metric(*map(metric_fid.fid_features_to_statistics, (x, y)), verbose=False)
+    assert distances.fid(x, y) == pytest.approx(theirs[metric_fid.KEY_METRIC_FID], rel=1e-10)
+    x = x[: len(y)]  # one subset of all, whatever the order
+    theirs = metric_kid.kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=len(y), verbose=False)
+    value, _ = distances.kid(x, y, len(y), 1, torch.Generator())
+    assert value == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_MEAN], rel=1e-10)
+    theirs = metric_isc.isc_features_to_metric(y, splits=1)
+    value, _ = distances.inception_score(y, 1, torch.Generator())
+    assert value == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_MEAN], rel=1e-10)
