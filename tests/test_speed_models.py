@@ -77,7 +77,8 @@ def test_finished_parts_are_not_measured_again(measured):
 def test_the_plan_needs_no_gpu_and_says_how_long(capsys):
     assert main(["speed", "--plan", "--config", str(ROOT / "config" / "speed.yaml")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["flux-dev-1024", "about", "73", "s", "on", "an", "H200"]
+    assert lines[0].split() == ["flux-dev-1024", "about", "36", "s", "on", "an", "H200"]
+    assert lines[-1].startswith("flux-dev-gpus") and lines[-1].endswith("on two H200s")
     assert {line.split()[0] for line in lines} >= {"flux-dev-8192", "sdxl-4096", "sdxl-text", "flux-dev-image"}
 
 

@@ -163,6 +163,11 @@ def _accuracy(args: argparse.Namespace) -> None:
     print(folder / "tables" / "accuracy.md")
 
 
+def _announce(part: Any, seconds: float | None) -> None:
+    where = "two H200s" if part.kind == "gpus" else "an H200"
+    print(f"{part.name:<22}" + ("" if seconds is None else f" about {seconds:5.0f} s on {where}"), flush=True)
+
+
 def _together(
     args: argparse.Namespace, speed: Any, models: dict[str, Any], chosen: list[Any], gpu: bool, folder: Path
 ) -> None:
@@ -172,8 +177,7 @@ def _together(
     from hires.speed import parts as measuring
 
     for part in chosen:
-        seconds = measuring.budget(part, speed, models[part.model])
-        print(f"{part.name:<22}" + ("" if seconds is None else f" about {seconds:5.0f} s on two H200s"), flush=True)
+        _announce(part, measuring.budget(part, speed, models[part.model]))
         key = measuring.settings_key(part, speed, models[part.model])
         if args.plan:
             continue
@@ -199,8 +203,7 @@ def _measure(
     if not gpu and not args.plan:
         print("no GPU: tiny architectures, eager, in float32; their times say nothing about the methods", flush=True)
     for part in chosen:
-        seconds = measuring.budget(part, speed, models[part.model])
-        print(f"{part.name:<22}" + ("" if seconds is None else f" about {seconds:5.0f} s on an H200"), flush=True)
+        _announce(part, measuring.budget(part, speed, models[part.model]))
     if args.plan:
         return
     for part in chosen:

@@ -30,8 +30,8 @@ from hires.stages import VERSIONS
 from hires.stages.arithmetic import ARCHITECTURES, step_flop
 from hires.variants import VARIANTS, Variant
 
-RATES = {"flux-dev": 500e12, "sdxl": 250e12}  # FLOP/s of one H200, for what a part takes
-LOADING, COMPILING, PIXELS = 20, 25, 0.35e-6  # seconds: a model, a contender's graphs, a pixel through the VAE
+RATES = {"flux-dev": 600e12, "sdxl": 400e12}  # FLOP/s of one H200, for what a part takes
+LOADING, COMPILING, PIXELS = 5, 15, 0.1e-6  # seconds: a model, a contender's graphs, a pixel through the VAE
 
 
 def file(folder: Path, part: Part) -> Path:
