@@ -417,6 +417,39 @@ def test_schedulers_of_several_calls_a_step_are_refused(sdxl, name):
         base_latents(sdxl, PROMPTS[:1], [0], 128, 128, Sampling(num_inference_steps=4))
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("EulerDiscreteScheduler", {}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),  # its prediction_type would be epsilon
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}),
+    ],
+)
+@pytest.mark.parametrize("family", ["flux", "klein"])
+def test_schedulers_of_noise_prediction_are_refused_by_flow_matching(request, monkeypatch, family, name, options):
+    backbone = request.getfixturevalue(family)
+    monkeypatch.setattr(backbone.pipe, "scheduler", getattr(diffusers, name)(**options))
+    with pytest.raises(HiresError, match=f"{name} doesn't take .* FlowMatchEulerDiscreteScheduler"):
+        backbone.schedule(Sampling(num_inference_steps=4).over(backbone.defaults), (16, 16))
+
+
+def test_flow_matching_takes_the_multistep_solver_that_is_set_up_for_it(flux, monkeypatch):
+    base = base_latents(flux, PROMPTS[:1], [0], 128, 128, Sampling(num_inference_steps=20))
+    solver = diffusers.UniPCMultistepScheduler.from_config(
+        flux.pipe.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    monkeypatch.setattr(flux.pipe, "scheduler", solver)
+    other = base_latents(flux, PROMPTS[:1], [0], 128, 128, Sampling(num_inference_steps=20))
+    assert 0 < (other - base).norm() < 0.3 * base.norm()
+
+
+def test_schedulers_of_flow_matching_are_refused_by_sdxl(sdxl):
+    sdxl.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(HiresError, match=r"FlowMatchEulerDiscreteScheduler .* use, for example, EulerDiscrete"):
+        base_latents(sdxl, PROMPTS[:1], [0], 128, 128, Sampling(num_inference_steps=4))
+
+
 # --- size conditioning, VAE -----------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import hires
@@ -81,6 +82,9 @@ def test_own_image(backbone):
     [
         ({"variant": "scalediv"}, "did you mean 'scalediff'"),
         ({"tua": 3}, "did you mean 'tau'"),
+        ({"num_image_per_prompt": 2}, "did you mean 'num_images_per_prompt'"),
+        ({"generator": torch.Generator()}, "'generator' is diffusers': give seed"),
+        ({"callback_on_step_end": print}, "give callback"),
         ({"tau": 2000}, "tau = 2000"),
         ({"height": 200}, "nearest allowed sizes"),
         ({"prompt": []}, "no prompt"),
@@ -91,6 +95,20 @@ def test_bad_input_is_one_line(backbone, options, message):
     with pytest.raises(HiresError, match=message) as error:
         hires.generate(backbone, **{"prompt": "a cone", "height": 192, "width": 192, **FAST, **options})
     assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_is_no_backbone_yet(backbone):
+    with pytest.raises(HiresError, match=r"FluxPipeline is no backbone: give hires\.Backbone\.from_pipeline\(pipe\)"):
+        hires.generate(backbone.pipe, "a cone", height=192, width=192)
+
+
+def test_seeds_of_numpy(backbone):
+    (image,) = hires.generate(backbone, "a cone", height=128, width=128, seed=np.int64(3), **FAST)
+    assert json.loads(image.info["parameters"])["seed"] == 3
+
+
+def test_a_backbone_says_what_it_is(backbone):
+    assert repr(backbone) == "<Flux 'tiny-flux': base 128x128, sides in multiples of 32, float32 on cpu>"
 
 
 def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys, monkeypatch):

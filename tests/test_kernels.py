@@ -14,7 +14,7 @@ from hires_kernels.orders import ORDERS, inverse, permutation
 HEADS, DIM = 2, 8
 F64 = torch.float64
 BACKENDS = [  # those that run anywhere and in any precision; a fused backend has tests of its own
-    name for name, reason in explain(Problem("any", torch.device("cpu"), F64, DIM)).items() if reason is None
+    name for name, reason in explain(Problem("qk_norm_rope", torch.device("cpu"), F64, DIM)).items() if reason is None
 ]
 
 
@@ -416,7 +416,7 @@ def call_local(**changes):
     [
         (call_npa, {"window": 5}, "window 5x5 is larger than the grid 4x4"),
         (call_npa, {"window": (4, 1)}, "window 4x1: a side must be at least 2"),
-        (call_npa, {"grid": (4, 5)}, "16 image tokens: a grid of 4x5 has 20"),
+        (call_npa, {"grid": (4, 5)}, r"16 image tokens: a grid of 4x5 has 20; tensors are \(batch, tokens, heads"),
         (call_npa, {"tensor": torch.zeros(1, 15, HEADS, DIM)}, "must share one"),
         (call_npa, {"backend": "sdap"}, "unknown backend 'sdap': allowed: auto, "),
         (call_npa, {"text_rows": "mean"}, "unknown text_rows 'mean'"),
@@ -456,6 +456,8 @@ def test_the_check_that_chooses_explains(monkeypatch):
     with pytest.raises(KernelError, match=r"'picky' can't run local_attention: needs bfloat16.*able: .*reference"):
         backends.choose("picky", problem)
     assert backends.choose("auto", problem) is backends.sdpa
+    with pytest.raises(KernelError, match="unknown operation 'npa': allowed: neighborhood_patch_attention, "):
+        explain(Problem("npa", torch.device("cpu"), torch.float32, 64))
 
 
 def printed(code):

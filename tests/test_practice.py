@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import (
     FluxImg2ImgPipeline,
     FluxMultiControlNetModel,
+    FluxPipeline,
     MultiControlNetModel,
     StableDiffusionXLImg2ImgPipeline,
 )
@@ -370,6 +371,23 @@ def test_fp8_storage_is_the_stock_pipelines(family):
     close(ours(backbone), stock(pipe, family))
     assert not torch.equal(ours(backbone), plain)
     assert ours(backbone, "scalediff", (192, 192)).isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_encoders_may_be_of_another_precision(family):
+    """As when only the large model is loaded in bfloat16."""
+    pipe = build_pipeline(family)
+    backbone = wrapped(pipe, family)
+    plain = ours(backbone)
+    backbone.model.to(torch.bfloat16)
+    latents = ours(backbone)
+    assert 0 < (latents - plain).norm() < 0.1 * plain.norm()
+
+
+def test_pipelines_without_text_encoders_are_refused():
+    parts = build_pipeline("tiny-flux").components | {"text_encoder_2": None, "tokenizer_2": None}
+    with pytest.raises(HiresError, match="the pipeline has no text_encoder_2, tokenizer_2: load it whole"):
+        wrapped(FluxPipeline(**parts), "tiny-flux")
 
 
 def short(family):

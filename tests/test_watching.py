@@ -20,6 +20,7 @@ def test_backends_are_noted_once_and_only_while_someone_watches():
     assert ran.operations == {"neighborhood_patch_attention": ["sdpa", "reference"], "local_attention": ["sdpa"]}
     assert inner.operations == {"local_attention": ["sdpa"]}
     assert ran.launches == inner.launches == []
+    assert str(inner) == "Ran(operations={'local_attention': ['sdpa']}, launches=[])"
 
 
 def test_fused_kernels_say_how_they_were_launched():

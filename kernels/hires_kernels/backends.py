@@ -54,15 +54,13 @@ def _installed(name: str) -> bool:
 
 
 ON_IMAGES = ("group_norm", "add_bias")  # any number of channels, no heads
-TRITON_OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope", *ON_IMAGES)
+OPERATIONS = ("neighborhood_patch_attention", "local_attention", "qk_norm_rope", *ON_IMAGES)
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 PATCHES = "its query patches have half the window's side"
 
 
 def _triton(problem: Problem) -> str | None:
-    if problem.operation not in TRITON_OPERATIONS:
-        return f"it runs {', '.join(TRITON_OPERATIONS)}"
     if not _installed("triton"):
         return "triton is not installed"
     if problem.device.type != "cuda" and not interpreted():
@@ -119,7 +117,12 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
 
 
 def explain(problem: Problem) -> dict[str, str | None]:
-    """For every backend, in order of preference, why it can't run the problem; None if it can."""
+    """For every backend, in order of preference, why it can't run the problem; None if it can.
+
+    "auto" takes the first that can. Raises KernelError for an unknown operation.
+    """
+    if problem.operation not in OPERATIONS:
+        raise KernelError(f"unknown operation {problem.operation!r}: allowed: {', '.join(OPERATIONS)}")
     return {name: backend.refusal(problem) for name, backend in BACKENDS.items()}
 
 

@@ -336,7 +336,10 @@ def _check_image(*tensors: Tensor) -> None:
 def _check_tokens(query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> None:
     _check_image(query, key, value)
     if min(grid) < 1 or query.shape[1] != grid[0] * grid[1]:
-        raise KernelError(f"{query.shape[1]} image tokens: a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]}")
+        raise KernelError(
+            f"{query.shape[1]} image tokens: a grid of {grid[0]}x{grid[1]} has {grid[0] * grid[1]}; "
+            "tensors are (batch, tokens, heads, head_dim)"
+        )
 
 
 def _check_alike(*tensors: Tensor) -> None:

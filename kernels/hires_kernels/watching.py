@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass(eq=False)
 class Ran:
     """Filled while `watch` lasts; every entry stands once.
 
@@ -13,9 +15,8 @@ class Ran:
         launches: what a backend of our own kernels chose, as {"kernel": …, parameter: value}.
     """
 
-    def __init__(self) -> None:
-        self.operations: dict[str, list[str]] = {}
-        self.launches: list[dict[str, Any]] = []
+    operations: dict[str, list[str]] = field(default_factory=dict)
+    launches: list[dict[str, Any]] = field(default_factory=list)
 
 
 _watchers: list[Ran] = []

@@ -4,6 +4,8 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,12 +16,17 @@ from hires.additions.adapters import adapter_digests
 from hires.additions.extras import NO_EXTRAS, Extras, fitted, picture_record
 from hires.backbones.base import Backbone
 from hires.cascade import Callback, Stage, cascade, decode, small_images, to_pixels
-from hires.errors import HiresError
+from hires.errors import HiresError, unknown
 from hires.execution.oom import ADVICE, attempt
 from hires.settings import Sampling
 from hires.sizes import stage_sizes
 from hires.variants import Variant
 from hires.variants import variant as find_variant
+
+ELSEWHERE = {  # arguments of diffusers' pipelines that have another name here
+    "generator": "give seed=0; every image draws from a CPU generator of its own",
+    "callback_on_step_end": "give callback=, which is called with (stage, step, steps, latents)",
+}
 
 
 def generate(
@@ -69,8 +76,15 @@ def generate(
     Raises:
         HiresError: bad input, or too little memory, in one line.
     """
+    if not isinstance(backbone, Backbone):
+        raise HiresError(f"{type(backbone).__name__} is no backbone: give hires.Backbone.from_pipeline(pipe)")
+    for name in overrides:
+        if name in ELSEWHERE:
+            raise HiresError(f"{name!r} is diffusers': {ELSEWHERE[name]}")
+        if name not in Sampling.model_fields:
+            raise unknown("argument or setting", name, {*signature(generate).parameters, *Sampling.model_fields})
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(each) for each in seed]
     if not prompts:
         raise HiresError("no prompt: give at least one")
     if num_images_per_prompt < 1:

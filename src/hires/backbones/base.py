@@ -75,6 +75,15 @@ class Backbone(ABC):
         self.adapters: dict[str, Path] = {}
         self.vae_backend = "auto"
         self._check_pipeline()
+        if not self._without_text:
+            self._check_text()
+
+    def __repr__(self) -> str:
+        base = f"{self.base_resolution}x{self.base_resolution}"
+        return (
+            f"<{type(self).__name__} {self.name!r}: base {base}, sides in multiples of {self.size_multiple}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}>"
+        )
 
     @classmethod
     def from_pipeline(
@@ -202,6 +211,16 @@ class Backbone(ABC):
         for net in self.controlnets:
             self._check_controlnet(net)
 
+    def _check_text(self) -> None:
+        """Raise HiresError for a pipeline that was loaded without what encodes prompts."""
+        text = ("text_encoder", "tokenizer")
+        missing = [name for name, part in self.pipe.components.items() if part is None and name.startswith(text)]
+        if missing:
+            raise HiresError(
+                f"the pipeline has no {', '.join(missing)}: load it whole, as prompts are encoded here; "
+                "pipe.enable_model_cpu_offload() takes text encoders off the GPU when they are done"
+            )
+
     def _check_controlnet(self, net: Any) -> None:
         """Raise HiresError unless a ControlNet belongs to this model."""
         wanted, net = self.controlnet_class, unwrap_module(net)
@@ -226,10 +245,11 @@ class Backbone(ABC):
         extras.check(getattr(self.pipe, "controlnet", None), self.ip_adapters)
 
     def conditioning(self, prompts: list[str], sampling: Resolved, extras: Extras = NO_EXTRAS) -> Conditioning:
-        """Text and image prompts together."""
+        """Text and image prompts together, in the model's dtype."""
         with self.full_precision():
             text = self.encode_prompt(prompts, sampling)
-            return text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
+            both = text | self.image_prompts(extras, len(prompts), sampling) if self.ip_adapters else text
+        return {name: value.to(self.dtype) for name, value in both.items()}  # encoders may have a dtype of their own
 
     def control(
         self, extras: Extras, size: tuple[int, int], generators: Sequence[Generator], sampling: Resolved

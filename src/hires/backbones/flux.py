@@ -1,5 +1,6 @@
 """FLUX.1: flow matching, guidance embedding, latents packed 2×2 into tokens."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from hires.backbones.base import Backbone, Conditioning
 from hires.backbones.schedule import Schedule
 from hires.errors import HiresError
 from hires.settings import Resolved, Sampling
+
+# as FluxPipeline has them where its scheduler doesn't state them
+SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -64,6 +68,20 @@ class PackedTransformer(Backbone):
     @property
     def latent_channels(self) -> int:
         return self.model.config.in_channels // 4
+
+    @property
+    def flow_scheduler(self) -> Any:
+        """The pipeline's scheduler; HiresError unless it takes the σ and μ of flow matching."""
+        scheduler = self.pipe.scheduler
+        takes = inspect.signature(scheduler.set_timesteps).parameters
+        flow = scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+        if not {"sigmas", "mu"} <= takes.keys() or not flow or not scheduler.config.get("use_flow_sigmas", True):
+            raise HiresError(
+                f"scheduler {type(scheduler).__name__} doesn't take flow matching's σ and μ as it is set up: allowed: "
+                "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with prediction_type='flow_prediction' "
+                "and use_flow_sigmas=True"
+            )
+        return scheduler
 
     def _trained_resolution(self) -> int:
         return self.pipe.default_sample_size * self.scale
@@ -151,11 +169,12 @@ class Flux(PackedTransformer):
 
     def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count at every resolution, as in ScaleDiff; that of 4096² would be 11.5."""
-        config = self.pipe.scheduler.config
+        scheduler = self.flow_scheduler
+        config = SHIFT | dict(scheduler.config)
         tokens = base_size[0] * base_size[1] // 4
-        share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = config.base_shift + share * (config.max_shift - config.base_shift)
-        return flow_schedule(self.pipe.scheduler, sampling, first, mu, self.device)
+        share = (tokens - config["base_image_seq_len"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+        mu = config["base_shift"] + share * (config["max_shift"] - config["base_shift"])
+        return flow_schedule(scheduler, sampling, first, mu, self.device)
 
     @torch.no_grad()
     def low_resolution_guidance(

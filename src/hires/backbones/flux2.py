@@ -64,7 +64,7 @@ class Flux2Klein(PackedTransformer):
     def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
         """μ is that of the base's token count and the number of steps, at every resolution."""
         mu = compute_empirical_mu(base_size[0] * base_size[1] // 4, sampling.num_inference_steps)
-        return flow_schedule(self.pipe.scheduler, sampling, first, mu, self.device)
+        return flow_schedule(self.flow_scheduler, sampling, first, mu, self.device)
 
     def noise(self, generators: Sequence[Generator], size: tuple[int, int]) -> Tensor:
         """Drawn patch by patch, as the pipeline does."""

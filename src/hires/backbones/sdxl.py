@@ -129,10 +129,16 @@ class SDXL(Backbone):
             raise HiresError("the ControlNet pools its residuals (global_pool_conditions), which is not known here")
 
     def schedule(self, sampling: Resolved, base_size: tuple[int, int], first: int = 0) -> Schedule:
-        prediction = self.pipe.scheduler.config.prediction_type
+        scheduler = self.pipe.scheduler
+        if not hasattr(scheduler, "add_noise"):
+            raise HiresError(
+                f"scheduler {type(scheduler).__name__} is not of SDXL's kind (it has no add_noise): use, for example, "
+                "EulerDiscreteScheduler, DDIMScheduler or DPMSolverMultistepScheduler"
+            )
+        prediction = scheduler.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
             raise HiresError(f"scheduler prediction_type {prediction!r}: allowed: epsilon, v_prediction")
-        return Schedule(self.pipe.scheduler, sampling.num_inference_steps, first, prediction, self.device)
+        return Schedule(scheduler, sampling.num_inference_steps, first, prediction, self.device)
 
     def predict(
         self,

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from hires import layout
     from hires.config import load_config
     from hires.stages import run
 
@@ -25,4 +26,5 @@ def run(args: argparse.Namespace) -> None:
             backbones = [name for name in backbones if name in config.backbones]
         left = None if end is None else end - time.monotonic()
         complete = run.run(config, seconds=left, backbones=backbones)
-        print(f"{config.root}: {'complete' if complete else 'not complete: another run goes on from here'}")
+        state = f"complete, see {layout.report(config)}" if complete else "not complete: another run goes on from here"
+        print(f"{config.root}: {state}")

@@ -201,7 +201,7 @@ def _total(config: Config, rows: list[Row]) -> str:
         total = start + sum(row.seconds or 0 for row in rows)
         estimates.append(
             f"about {_number(total)} s of one CPU core, {_number(start)} s of it to start the jobs, "
-            f"so {total / 120:.0f} min for two jobs at a time; metrics, notebooks and report come on top"
+            f"so {max(1, total / 120):.0f} min for two jobs at a time; metrics, notebooks and report come on top"
         )
     return f"{text}: {'; '.join(estimates)}"
 
