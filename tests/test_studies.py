@@ -176,6 +176,13 @@ def test_scores_of_two_machines_are_those_of_one(whole, tmp_path, monkeypatch, c
     assert not Path("results/cut/images").exists() and os.stat(layout.metrics(config)).st_mtime_ns == before
 
 
+def test_threads_of_helper_processes_wait_without_spinning(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # put back afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    with run._helpers("cuda") as helpers:
+        assert helpers.submit(os.getenv, "OMP_WAIT_POLICY").result() == "PASSIVE"
+
+
 def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, capsys):
     home = tmp_path / "home"
     shutil.copytree(whole, home)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 KID_DEGREE, KID_COEFFICIENT = 3, 1.0
-ROWS = 1024  # samples whose products are held at a time
+ROWS = 128  # samples whose products are held at a time: blocks of memory that malloc keeps, larger ones are mapped anew
 MOMENTS = 2**25  # numbers of all second moments that are kept
 
 
@@ -39,7 +39,8 @@ def fid(x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:
     """The cubic kernel (xᵀy/d + 1)³ of KID (Bińkowski et al. 2018), (n, m) in float64."""
-    return (x.double() @ y.double().T / x.shape[1] + KID_COEFFICIENT) ** KID_DEGREE
+    product = x.double() @ y.double().T
+    return product.div_(x.shape[1]).add_(KID_COEFFICIENT).pow_(KID_DEGREE)
 
 
 def fid_replicates(x: Tensor, y: Tensor, x_prompts: Tensor, y_prompts: Tensor, draws: Tensor) -> Tensor:
