@@ -212,6 +212,14 @@ def test_score_points_draw_each_variant(run, tmp_path):
     assert not has_colour(pixels, figures.colour("scalediff"))
 
 
+def test_a_figure_is_redrawn_in_other_colours_and_letters(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(figures.LOOKS, "npa", ("#ff00ff", "s"))
+    monkeypatch.setitem(figures.RC, "font.family", ["serif"])
+    figure = figures.score_points(where(run.scores("main"), backbone="tiny-flux"))
+    assert has_colour(drawn(figure, tmp_path), "#ff00ff")
+    assert figure.axes[0].xaxis.label.get_fontfamily() == ["serif"]
+
+
 def test_same_figure_same_bytes(run, tmp_path):
     rows = where(run.scores("main"), backbone="tiny-flux", metric=["clip", "fid"])
     for name in ("a", "b"):

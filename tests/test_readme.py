@@ -1,4 +1,4 @@
-"""The README's examples on a user's own pipeline, run as they stand, in their tiny form."""
+"""The examples of README.md, docs/kernels.md and results/README.md, run as they stand, or in their tiny form."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,13 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 
+from hires import figures
 from hires.additions.lora import WEIGHTS, save_lora
+from hires.analysis.results import where
 from hires.files.storage import write_json
 from hires.models import build_pipeline
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 HINTS = {
     "base_resolution": 128,
     "size_multiple": 32,
@@ -28,9 +30,9 @@ ON_A_CPU = {
 }
 
 
-def blocks():
-    section = README.read_text().split("## On your own pipeline")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.S)
+def blocks(page, section):
+    text = (ROOT / page).read_text().split(section)[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_every_example_runs(folder, capsys):
     pipe = FluxPipeline.from_pretrained("model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     names, made = {"pipe": pipe}, []
-    for code in blocks():
+    for code in blocks("README.md", "## On your own pipeline"):
         for old, new in (TINY | ON_A_CPU).items():
             code = code.replace(old, new)
         # Statement by statement, to see what each one makes.
@@ -74,3 +76,24 @@ def test_every_example_runs(folder, capsys):
     assert made[0] == [(192, 192)] and made[6] == [(192, 192)]
     assert "noise 2 2" in capsys.readouterr().out
     assert Image.open("base.png").size == (64, 64)
+
+
+def test_the_kernels_example_runs(capsys):
+    (code,) = blocks("docs/kernels.md", "# Kernels")
+    exec(code, names := {})
+    assert names["image"].shape == (1, 64 * 96, 4, 64) and names["text_rows"].shape == (1, 77, 4, 64)
+    assert "'local_attention': ['" in capsys.readouterr().out
+
+
+def test_a_reference_figure_is_redrawn_as_told(tmp_path, monkeypatch):
+    """And the rows that are told apart are those that the README quotes."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(figures.LOOKS, "scalediff", figures.LOOKS["scalediff"])  # all put back afterwards
+    monkeypatch.setitem(figures.RC, "font.size", figures.RC["font.size"])
+    monkeypatch.setitem(figures.RC, "font.family", "sans-serif")
+    (code,) = blocks("results/README.md", "## Redraw")
+    exec(code.replace("results/mine", str(tmp_path)), names := {})
+    assert (tmp_path / "figures" / "three.png").stat().st_size > 10_000
+    rows = where(names["pairs"], study="main", setting="default", metric="kid_patch", a="upsample")
+    quoted = [f"−{row.difference:.2f} [−{row.high:.2f}, −{row.low:.2f}]" for row in rows.itertuples()]
+    assert len(quoted) == 2 and " | ".join(quoted) in (ROOT / "README.md").read_text()

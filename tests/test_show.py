@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +71,17 @@ def test_the_record_in_words_and_as_it_is(cubes, capsys):
     assert "strength" not in dict(line for line in lines if len(line) == 2)  # null in the record
     assert show(cubes, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(Image.open(cubes).text["parameters"])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_is_no_error(cubes, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hires", "show", str(cubes)]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("stage", ["", "-base", "-stage-1"])

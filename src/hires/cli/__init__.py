@@ -5,6 +5,8 @@ A subcommand module has `add_arguments(parser)` and `run(args) -> int | None`.
 
 import argparse
 import importlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,11 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=_HelpFormatter,
         )
         module.add_arguments(sub)
-        return module.run(sub.parse_args(argv[1:], argparse.Namespace(argv=argv))) or 0
+        code = module.run(sub.parse_args(argv[1:], argparse.Namespace(argv=argv))) or 0
+        sys.stdout.flush()
+        return code
     except HiresError as error:
         print(f"hires {argv[0]}: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a name that the file system refuses, a file that can't be read
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 141  # what a shell tells of SIGPIPE
         print(f"hires {argv[0]}: {HiresError(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -86,6 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print(redacted(traceback.format_exc()), file=sys.stderr, end="")
         return 1
+
+
+def _unread() -> bool:
+    """Whether nobody reads stdout any more, as after `| head`; what is left for it is dropped."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    gone = any(events & select.POLLERR for _, events in stdout.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 class _Parser(argparse.ArgumentParser):

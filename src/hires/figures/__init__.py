@@ -14,10 +14,12 @@ from hires.figures.scale_dit import (
 )
 from hires.figures.scores import every_pair, paired_differences, score_points, spectra, sweep
 from hires.figures.studies import Failure, failures, verdicts
-from hires.figures.style import PAGE_WIDTH, colour, label, marker, save, style
+from hires.figures.style import LOOKS, PAGE_WIDTH, RC, colour, label, marker, save, style
 
 __all__ = [
+    "LOOKS",
     "PAGE_WIDTH",
+    "RC",
     "Failure",
     "anchor_places",
     "attention_masks",

@@ -17,8 +17,8 @@ from hires.analysis.results import TRUE
 
 PAGE_WIDTH = 7.2  # inches
 
-# variant -> colour, marker
-_LOOKS = {
+# variant -> colour, marker; figures follow a change of an entry, as they do of one in RC
+LOOKS: dict[str, tuple[str, str]] = {
     TRUE: ("#000000", "*"),
     "upsample": ("#8a8a8a", "s"),
     "direct": ("#cc6677", "X"),
@@ -37,7 +37,7 @@ _LOOKS = {
 _OTHERS = ("#4477aa", "#bb5566", "#667733", "#997700", "#225555")
 _LABELS = {"scalediff": "scalediff (npa+lfm+sg)"}
 
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "font.size": 8,
@@ -75,19 +75,19 @@ def panels(rows: int, columns: int, height: float, **options) -> tuple[Figure, n
 @contextmanager
 def style() -> Iterator[None]:
     """The project's Matplotlib settings, for as long as the block lasts."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         yield
 
 
 def colour(variant: str) -> str:
     """The variant's colour; also for a variant `named` with a setting."""
     variant = variant.partition(", ")[0]
-    return _LOOKS[variant][0] if variant in _LOOKS else _OTHERS[crc32(variant.encode()) % len(_OTHERS)]
+    return LOOKS[variant][0] if variant in LOOKS else _OTHERS[crc32(variant.encode()) % len(_OTHERS)]
 
 
 def marker(variant: str) -> str:
     variant = variant.partition(", ")[0]
-    return _LOOKS[variant][1] if variant in _LOOKS else "."
+    return LOOKS[variant][1] if variant in LOOKS else "."
 
 
 def label(variant: str) -> str:
