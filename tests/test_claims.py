@@ -15,6 +15,7 @@ from hires.analysis.statistics import holm, p_value, t_interval, t_p_value
 from hires.config import load_config
 from hires.errors import HiresError
 from hires.metrics import paired
+from hires.metrics.bootstrap import draw_prompts, expanded_interval
 
 ROOT = Path(__file__).parents[1]
 PLACE = {"study": "s", "setting": "default", "backbone": "tiny-flux", "height": 64, "width": 64}
@@ -31,26 +32,53 @@ def test_holm_is_its_definition():
     assert len(holm([])) == 0
 
 
-def test_p_of_a_mean_is_that_of_a_normal_test():
+def test_p_of_a_mean_is_students():
     rng = np.random.default_rng(0)
     differences = rng.normal(0.2, 1, 400)
     draws = rng.multinomial(400, np.full(400, 1 / 400), 4000) / 400
-    p = p_value(differences.mean(), draws @ differences)
-    z = differences.mean() / (differences.std() / 20)
-    assert np.log(p) == pytest.approx(np.log(2 * stats.norm.sf(abs(z))), rel=0.1)
-    assert p_value(0.0, np.array([-1.0, 1.0])) == 1
-    assert p_value(0.3, np.array([0.3])) == 1  # no interval
-    assert p_value(0.3, np.array([0.3, 0.3])) == 0  # the same in every pair
+    p = p_value(differences.mean(), draws @ differences, 400)
+    assert np.log(p) == pytest.approx(np.log(stats.ttest_1samp(differences, 0).pvalue), rel=0.1)
+    assert p_value(0.0, np.array([-1.0, 1.0]), 9) == 1
+    assert p_value(0.3, np.array([0.3]), 9) == 1  # no interval
+    same = p_value(0.3, np.array([0.3, 0.3]), 9)  # the same in every pair
+    assert same == pytest.approx(stats.binomtest(9, 9).pvalue)
 
 
-def test_p_is_rarely_small_where_there_is_nothing():
-    rng = np.random.default_rng(1)
-    small = 0
-    for _ in range(200):
-        differences = rng.normal(0, 1, 60)
-        draws = rng.multinomial(60, np.full(60, 1 / 60), 200) / 60
-        small += p_value(differences.mean(), draws @ differences) < 0.05
-    assert 2 <= small <= 22  # 10 expected
+def test_intervals_and_p_of_differences_hold_their_level_at_every_n():
+    """Normal percentiles and p would miss 11 and 7 times in a hundred at n = 8 and 16."""
+    rng = np.random.default_rng(0)
+    for n in (8, 16, 200):
+        draws = draw_prompts(n, 1000).double().numpy() / n
+        differences = rng.normal(0, 1, (1000, n))
+        replicates = differences @ draws.T
+        ends = np.array([expanded_interval(each, n) for each in replicates])
+        covered = (ends[:, 0] <= 0) & (ends[:, 1] >= 0)
+        small = [p_value(mean, each, n) < 0.05 for mean, each in zip(differences.mean(1), replicates)]
+        assert 0.93 <= covered.mean() <= 0.975 and np.mean(small) <= 0.065
+
+
+def test_noise_that_all_prompts_share_decides_no_claim(tmp_path):
+    """Seeds shift all prompts alike, there is nothing else: prompts alone would decide a third at p < .05."""
+    rng = np.random.default_rng(0)
+    names = [f"m{i}" for i in range(60)]
+    of_prompts, of_seeds = 0.28 * rng.normal(size=(60, 1)), rng.normal(size=(60, 5))
+    values = of_prompts + of_seeds
+    tests = [(m, "x", "y", d, 0.55, 2 * stats.norm.sf(abs(d) / 0.28)) for m, d in zip(names, values.mean(1))]
+    results(tmp_path, tests)
+    rows = [
+        {**PLACE, "metric": m, "trial": str(seed), "variant": variant, "value": value * (variant == "x")}
+        for m, found in zip(names, values)
+        for seed, value in enumerate(found)
+        for variant in "xy"
+    ]
+    table = pd.DataFrame(rows).assign(low=0.0, high=0.0, n=9, flag="", protocol="")
+    table.to_parquet(tmp_path / "metrics.parquet")
+    asked = [claim(tests=dict.fromkeys(names, "lower")), claim(id="d", tests=dict.fromkeys(names, "same"), within=0.6)]
+    judged = claims.judge(asked, Results.open(tmp_path))
+    directed, same = judged.iloc[:60], judged.iloc[60:]
+    assert np.mean([p < 0.05 for *_, p in tests]) > 0.25
+    assert (directed["p"] < 0.05).mean() <= 0.1 and set(directed["verdict"]) == {"undecided"}
+    assert (same["verdict"] == "reproduced").mean() <= 0.1
 
 
 def test_intervals_over_trials_are_students():
@@ -96,7 +124,7 @@ def test_pairs_are_corrected_within_their_metric():
         shared = rng.normal(0, 1, 500)
         for variant, effect in zip("xyz", effects):
             replicates = 1 + effect + 0.1 * (shared + rng.normal(0, 1, 500))
-            score = {"value": 1 + effect, "replicates": replicates, "n": 8, "metric": metric, "variant": variant}
+            score = {"value": 1 + effect, "replicates": replicates, "n": 80, "metric": metric, "variant": variant}
             rows.append({**PLACE, **score})
     tests = paired(pd.DataFrame(rows))
     assert len(tests) == 6
@@ -170,6 +198,7 @@ def test_the_verdict_follows_from_difference_interval_and_p(tmp_path, difference
         assert judged["difference"].tolist() == [difference]
         said = claims.sentences([claim()], judged)["c"][0]
         assert verdict in said
+        assert "n = 9; one seed; " in said
         assert ("; margin ±500): " if expected == "same" else " after Holm): ") in said
 
 

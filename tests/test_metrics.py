@@ -32,7 +32,7 @@ from hires.metrics import (
     per_image,
     score,
 )
-from hires.metrics.bootstrap import draw_prompts, interval
+from hires.metrics.bootstrap import draw_prompts, expanded_interval, interval
 from hires.metrics.pixels import View, band_powers, crop_boxes
 from hires.metrics.scores import ROW, ceiling, frame
 from hires.models import build_clip
@@ -478,7 +478,7 @@ def test_settings_of_a_variant_are_compared_on_the_same_resamples(references, bl
     for variant in "ab":
         row = found.loc[(f"{variant}, x", f"{variant}, y", "spectrum_mid")]
         assert row["difference"] == pytest.approx(shift.mean())
-        assert [row["low"], row["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+        assert [row["low"], row["high"]] == pytest.approx(expanded_interval(np.array(means), N))
         assert row["n"] == N
     alone = paired(made[made["setting"] == "x"])
     assert set(alone["setting"]) == {"x"}

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 import hires
 from hires import layout, shards
@@ -18,9 +19,10 @@ from hires.config import load_config
 from hires.errors import HiresError
 from hires.files import parquet
 from hires.files.storage import read_json
+from hires.metrics.bootstrap import interval
 from hires.provenance import config_data
 from hires.sizes import stage_sizes
-from hires.stages import collect, metrics, run
+from hires.stages import collect, costs, metrics, run
 from hires.stages.crops import SIDE, strip
 from hires.stages.plan import plan
 
@@ -221,11 +223,22 @@ def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, cap
         for made in measured:
             row, batches = seconds.loc[made.variant], read_json(layout.costs(config, made))["seconds"]
             assert row["value"] == sorted(batches)[1] and len(batches) == 3 and row["n"] == 3 * 2
-            assert min(batches) <= row["low"] <= row["value"] <= row["high"] <= max(batches)
+            assert row["low"] < row["high"]
             assert "3 batches of 2 images, with nothing beside them on the" in row["protocol"]
     tests = parquet.read_frame(Path("results/reference/paired.parquet"))
     (difference,) = tests[(tests["metric"] == "seconds") & (tests["backbone"] == "tiny-flux")]["difference"]
     assert difference == seconds.loc["upsample", "value"] - seconds.loc["npa", "value"]
+
+
+def test_the_interval_of_seconds_is_students():
+    config = load_config(ROOT / "config/studies/fast.yaml")
+    config = config.model_copy(update={"metrics": config.metrics.model_copy(update={"bootstrap": 100_000})})
+    taken = [1.02, 1.0, 1.05]
+    cost = {"seconds": taken, "peak_bytes": 8, "batch": 2, "provenance": {"gpu": "", "cpu": "one"}}
+    low, high = interval(costs._scores(config, cost)[0].replicates)
+    expected = stats.ttest_1samp(taken, 0).confidence_interval(0.95)
+    half = (expected.high - expected.low) / 2
+    assert [low, high] == pytest.approx([1.02 - half, 1.02 + half], abs=0.03 * half)
 
 
 def test_scores_of_another_configuration_are_refused(whole, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,11 @@ A test is a claim on one backbone and size: the paired difference a − b of one
 Expected "lower" or "higher": p is corrected by Holm over all such tests that are judged together; reproduced where
 p < .05 on that side, not reproduced where p < .05 on the other, undecided at this n otherwise. Expected "same":
 reproduced where the 95% interval lies within the margin, not reproduced where it lies outside, else undecided.
+
+All prompts share the noise of a seed, so a difference has to hold over other prompts and over other noise. Where there
+are several seeds, p is the larger of that over prompts and that of Student's t over the seeds' own differences, and the
+interval spans both: a claim passes only if both tests do (Berger 1982), a rule whose error rates stay near their level
+for crossed samples (Forster and Dickinson 1976). A test of one seed is about that noise alone, and says so.
 """
 
 from collections.abc import Sequence
@@ -16,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hires.analysis import tables
 from hires.analysis.results import BETWEEN, Results, named, repository_root, size_name, where
-from hires.analysis.statistics import LEVEL, holm, t_interval
+from hires.analysis.statistics import LEVEL, holm, t_interval, t_p_value
 from hires.errors import HiresError, first_mistake
 from hires.files.untrusted import read_yaml
 
@@ -104,8 +109,8 @@ def judge(claims: Sequence[Claim], results: Results, planned: pd.DataFrame | Non
     """A row for each test of each claim, and one with verdict "missing" for a test that these results can't make.
 
     Columns: claim, backbone, height, width, a, b, metric, expected, margin (for "same"), difference, low, high (95 %,
-    paired bootstrap over prompts), n, p, p_holm (NaN for "same"), trials, trial_low, trial_high (95 % of Student's t
-    over the seeds' own differences, NaN below two), verdict.
+    paired bootstrap over prompts), n, p (the larger of prompts' and seeds'), p_holm (NaN for "same"), trials,
+    trial_low, trial_high (95 % of Student's t over the seeds' own differences, NaN below two), verdict.
 
     Args:
         planned: image sets, columns `SET`. What is missing of these has a row for each backbone and size; a claim of
@@ -134,6 +139,8 @@ def judge(claims: Sequence[Claim], results: Results, planned: pd.DataFrame | Non
                 differences = _trials(results.trials, claim, metric, **place)
                 mean_low, mean_high = t_interval(differences)
                 numbers = {name: getattr(test, name) for name in ("difference", "low", "high", "n", "p")}
+                if len(differences) > 1:
+                    numbers["p"] = max(test.p, t_p_value(differences))
                 spread = {"trials": len(differences), "trial_low": mean_low, "trial_high": mean_high}
                 margin = _margin(claim, results, metric, place) if expected == "same" else nan
                 rows.append({**base, **place, "margin": margin, **numbers, **spread, "verdict": ""})
@@ -141,7 +148,7 @@ def judge(claims: Sequence[Claim], results: Results, planned: pd.DataFrame | Non
     tested = table["verdict"] != MISSING
     directed = tested & (table["expected"] != "same")
     table.loc[directed, "p_holm"] = holm(table.loc[directed, "p"].to_numpy(dtype=float))
-    table.loc[tested, "verdict"] = [_verdict(row) for row in table[tested].itertuples()]
+    table.loc[tested, "verdict"] = [_verdict(row) for row in table[tested].assign(**span(table[tested])).itertuples()]
     return table
 
 
@@ -163,6 +170,12 @@ def _margin(claim: Claim, results: Results, metric: str, place: dict[str, Any]) 
     setting, variant = claim.sets()[1]
     b = where(results.metrics, study=claim.study, setting=setting, variant=variant, metric=metric, **place)
     return claim.within_share * b["value"].item()
+
+
+def span(judged: pd.DataFrame) -> pd.DataFrame:
+    """Columns low and high: where the intervals over prompts and over seeds, if there are several, begin and end."""
+    low, high = (judged[[end, f"trial_{end}"]] for end in ("low", "high"))
+    return pd.DataFrame({"low": low.min(axis=1), "high": high.max(axis=1)})
 
 
 def _verdict(row) -> str:
@@ -229,6 +242,8 @@ def _sentence(row) -> str:
     told = [f"{row.backbone}, {size_name(int(row.height), int(row.width))}, n = {int(row.n)}"]
     if row.trials > 1:
         told.append(f"over {int(row.trials)} seeds {written(row.trial_low, row.trial_high)}")
+    elif row.metric not in tables.COSTS:
+        told.append("one seed")
     if row.expected == "same":
         told.append(f"margin ±{row.margin * shown.scale:.3g}")
     else:

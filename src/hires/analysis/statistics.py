@@ -1,7 +1,7 @@
 """Tests of differences: p-values from a bootstrap, their correction, intervals over trials."""
 
 from collections.abc import Sequence
-from math import erfc, nan, sqrt
+from math import nan, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +11,18 @@ LEVEL = 0.05
 COVERAGE = 0.95
 
 
-def p_value(difference: float, replicates: NDArray[np.float64]) -> float:
-    """Two-sided p of a difference of zero: a normal test with the bootstrap's standard error.
+def p_value(difference: float, replicates: NDArray[np.float64], n: int) -> float:
+    """Two-sided p of a difference of zero: Student's t with n − 1 degrees and the bootstrap's standard error.
 
+    A bootstrap's variance of a mean of n is (n − 1) / n of the unbiased one (Efron and Tibshirani 1993, chapter 5).
     The share of replicates beyond zero could not go below two in a thousand, which no correction for many comparisons
-    would leave significant. Replicates without spread tell nothing where there is one, or the difference is zero.
+    would leave significant. One replicate tells nothing. Where all are the same the sign test's p is left: of n pairs
+    that differ alike.
     """
-    if len(replicates) < 2 or difference == 0:
+    if len(replicates) < 2 or n < 2 or difference == 0:
         return 1.0
-    spread = float(np.std(replicates, ddof=1))
-    return erfc(abs(difference) / spread / sqrt(2)) if spread > 0 else 0.0
+    error = float(np.std(replicates, ddof=1)) * sqrt(n / (n - 1))
+    return float(2 * stats.t.sf(abs(difference) / error, n - 1)) if error > 0 else 2.0 ** (1 - n)
 
 
 def holm(p: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:

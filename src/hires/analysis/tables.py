@@ -36,7 +36,7 @@ CONTENT = ("count", "colours", "repetition", "spectrum", "high_band", "low_band"
 FLAG = "†"
 HALVES = "½"  # beside FID and KID of the true images: one half of them against the other, so of fewer images
 HALVED = ("fid", "fid_aliased", "fid_patch", "fid_patch_3", "kid", "kid_aliased", "kid_patch", "kid_patch_3")
-_COSTS = ("seconds", "peak_bytes")
+COSTS = ("seconds", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -418,7 +418,7 @@ def findings(
         for name in metrics_of(rows):
             shown, these = metric(name), rows[rows["metric"] == name]
             values = these.loc[these["variant"] != TRUE]
-            if not shown.better or name in _COSTS or len(set(values["value"])) < 2:
+            if not shown.better or name in COSTS or len(set(values["value"])) < 2:
                 continue
             if values["flag"].astype(bool).any():
                 few.append(shown.label)
@@ -508,7 +508,7 @@ def _amount(rows: pd.DataFrame) -> str:
 
 def amount(rows: pd.DataFrame) -> str:
     """How many images are behind some rows; time and memory are measured on a few of them, and count if alone."""
-    images = rows[~rows["metric"].isin(_COSTS)]
+    images = rows[~rows["metric"].isin(COSTS)]
     return _range((images if len(images) else rows)["n"])
 
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from hires.analysis import tables
-from hires.analysis.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED
+from hires.analysis.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED, span
 from hires.analysis.results import size_name
 from hires.figures.style import panels, style
 
@@ -21,11 +21,12 @@ _FARTHEST = 8.0
 def verdicts(judged: pd.DataFrame) -> Figure:
     """Every test of every claim: its difference in half widths of its own 95 % interval, expected sides to the right.
 
-    Beyond ± 1 the interval leaves out zero; what lies beyond ± 8 is drawn there. Tests that could not be made are left
-    out, and so are those that expect no difference.
+    The interval is `claims.span`. Beyond ± 1 it leaves out zero; what lies beyond ± 8 is drawn there. Tests that could
+    not be made are left out, and so are those that expect no difference.
     """
     rows = judged[(judged["verdict"] != MISSING) & (judged["expected"] != "same")].reset_index(drop=True)
-    half = ((rows["high"] - rows["low"]) / 2).astype(float)
+    ends = span(rows)
+    half = ((ends["high"] - ends["low"]) / 2).astype(float)
     side = np.where(rows["expected"] == "higher", 1.0, -1.0)
     place = (side * rows["difference"].astype(float) / half).clip(-_FARTHEST, _FARTHEST).fillna(0.0)  # 0 / 0
     with style():

@@ -1,8 +1,11 @@
 """Resampling of prompts: the source of every interval and paired test."""
 
+from math import sqrt
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 COVERAGE = 0.95
@@ -24,6 +27,19 @@ def draw_prompts(prompts: int, replicates: int, seed: int = 0) -> Tensor:
 def interval(replicates: NDArray[np.float64]) -> tuple[float, float]:
     """The central 95 % of the replicates."""
     low, high = np.quantile(replicates, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def expanded_interval(replicates: NDArray[np.float64], n: int) -> tuple[float, float]:
+    """`interval`, widened as Student's t and a variance over n − 1 widen a normal one with a variance over n.
+
+    The expanded percentile interval of Hesterberg 2015 (The American Statistician 69). Of a mean's replicates plain
+    percentiles hold the truth 88 times in a hundred at n = 8 and 92 at 16, these 94 and 96.
+    """
+    if n < 2:
+        return interval(replicates)
+    tail = stats.norm.cdf(sqrt(n / (n - 1)) * stats.t.ppf((1 - COVERAGE) / 2, n - 1))
+    low, high = np.quantile(replicates, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -14,7 +14,7 @@ from hires.analysis.results import BETWEEN, named
 from hires.analysis.statistics import holm, p_value
 from hires.config import Metrics
 from hires.metrics import distances
-from hires.metrics.bootstrap import centred, draw_prompts, interval
+from hires.metrics.bootstrap import centred, draw_prompts, expanded_interval, interval
 from hires.metrics.features import Features
 from hires.metrics.networks import QUALITY
 from hires.metrics.pixels import BANDS, LOW
@@ -339,8 +339,8 @@ def paired(scores: pd.DataFrame) -> pd.DataFrame:
 
     Replicates of both sides come from the same resampled prompts (`bootstrap.draw_prompts`), so their differences are
     those of a paired bootstrap: for a mean over images that of the per-image differences, for FID, KID and IS that of
-    the sets. p is raw (`statistics.p_value`); p_holm is corrected for the pairs of one metric that stand together here,
-    of all variants in one setting, or of all settings of one variant.
+    the sets. Intervals are `bootstrap.expanded_interval`, p is raw (`statistics.p_value`); p_holm is corrected for the
+    pairs of one metric that stand together here, of all variants in one setting, or of all settings of one variant.
 
     Args:
         scores: what `frame` gave for image sets; one trial.
@@ -357,7 +357,7 @@ def paired(scores: pd.DataFrame) -> pd.DataFrame:
                 if a.n != b.n:
                     continue
                 replicates, difference = np.asarray(a.replicates) - np.asarray(b.replicates), a.value - b.value
-                test = [difference, *interval(replicates), a.n, p_value(difference, replicates)]
+                test = [difference, *expanded_interval(replicates, a.n), a.n, p_value(difference, replicates, a.n)]
                 family.append([*key[: len(place)], a.name, b.name, *test])
             corrected = holm([test[-1] for test in family])
             found += [[*test, p] for test, p in zip(family, corrected)]

@@ -8,7 +8,7 @@ VERSIONS = {
     "images": 1,
     "features": 2,
     "scores": 4,
-    "metrics": 3,
+    "metrics": 4,
     "notebook": 1,
     "report": 1,
     "provenance": 1,

@@ -1,0 +1,139 @@
+"""Coverage and size of the intervals and tests of differences, by simulation: `python tests/simulate_statistics.py`.
+
+Prompts have effects that variants share, and features those that true renders share too; every image has noise of its
+own. Two variants are alike (the size of a test), a third is a little better (power). Minutes on one core.
+"""
+
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from hires.analysis.statistics import LEVEL, holm, p_value, t_p_value
+from hires.config import Metrics
+from hires.metrics import paired, score
+from hires.metrics.bootstrap import draw_prompts, expanded_interval
+from hires.metrics.features import Features
+from hires.metrics.scores import frame, over_trials
+
+D = 128
+SPECTRUM = 1 / np.sqrt(np.arange(1, D + 1))
+META = {"network": "none", "view": "whole", "clip": "none", "clip_view": "whole", "clip_length": 77, "crops": None}
+PLACE = {"study": "s", "setting": "default", "backbone": "b", "height": 64, "width": 64}
+
+
+def normal(rng, tails, *shape):
+    """Gaussian rows with a decaying spectrum; with `tails` their scale varies as that of Student's t of five."""
+    scale = np.sqrt(3 / rng.chisquare(5, (*shape, 1))) if tails else 1
+    return scale * SPECTRUM * rng.standard_normal((*shape, D))
+
+
+def scored(rng, n, trials, settings, tails):
+    """Scores of a, b (alike) and c (better) with their replicates."""
+    ids = [f"{i:06}" for i in range(n)]
+
+    def features(x):
+        x = torch.from_numpy(x).float()
+        return Features(ids, [0] * n, {"features": x, "logits": 2 * x, "cut": torch.zeros(n)}, {**META, "splits": 1})
+
+    prompts, ease = normal(rng, tails, n), rng.standard_normal(n)
+    references = features(prompts + 0.5 * normal(rng, tails, n))
+    rows = []
+    for variant, better in (("a", 0), ("b", 0), ("c", 1)):
+        found = []
+        for _ in range(trials):
+            images = 0.9 * prompts + 0.6 * normal(rng, tails, n) + (0.25 - 0.05 * better) * SPECTRUM
+            skill = 0.8 * ease + 0.6 * rng.standard_normal(n) + 0.15 * better
+            values = {"count": skill > -0.3, "repetition": np.floor(np.exp(-1.2 * skill - 1.5)), "high_band": skill}
+            tables = [pd.DataFrame({"id": ids, "metric": m, "value": v}) for m, v in values.items()]
+            table = pd.concat(tables).astype({"value": float})
+            found.append(score(features(images), references, settings, table))
+        rows.append(frame(over_trials(found), trial="all", variant=variant, **PLACE))
+    return pd.concat(rows)
+
+
+def scores_and_differences(n, trials=1, tails=False, simulations=100, subsets=(128, 100)):
+    settings = Metrics(kid_subset_size=min(n, subsets[0]), kid_subsets=subsets[1], scores=["fid", "kid"])
+    single, double = [], []
+    for seed in range(simulations):
+        made = scored(np.random.default_rng([n, trials, seed]), n, trials, settings, tails)
+        single.append(made.drop(columns="replicates"))
+        tests = paired(made)
+        double.append(tests[tests["setting"] == "default"])
+    scores, tests = pd.concat(single), pd.concat(double)
+    for metric, rows in scores.groupby("metric", sort=False):
+        truth = rows.groupby("variant")["value"].transform("mean")
+        differences = tests[tests["metric"] == metric]
+        null, effect = (differences[(differences["a"] == "a") & (differences["b"] == b)] for b in "bc")
+        told = {
+            "score covered": ((rows["low"] <= truth) & (truth <= rows["high"])).mean(),
+            "difference covered": ((null["low"] <= 0) & (null["high"] >= 0)).mean(),
+            "p < .05": (null["p"] < LEVEL).mean(),
+            "power": (effect["p"] < LEVEL).mean(),
+        }
+        name = f"{metric}{', heavy tails' if tails else ''}"
+        print(f"{name:24} n {n:5} x {trials}  " + "  ".join(f"{k} {v:.3f}" for k, v in told.items()), flush=True)
+
+
+def means(n, simulations=4000):
+    """Differences of per-image scores alone, as there may be many of these."""
+    rng = np.random.default_rng(n)
+    draws = draw_prompts(n, 1000).double().numpy() / n
+    kinds = {
+        "normal": lambda x: x,
+        "count": lambda x: (x > -0.3) * 1.0,
+        "rare": lambda x: (x > 2) * 1.0,
+        "repetition": lambda x: np.floor(np.exp(1.2 * x - 1.5)),
+        "heavy tails": lambda x: x**3,
+    }
+    for kind, of in kinds.items():
+        tally = defaultdict(list)
+        for _ in range(simulations):
+            a, b = of(0.8 * rng.standard_normal(n) + 0.6 * rng.standard_normal((2, n)))
+            replicates, difference = draws @ (a - b), float((a - b).mean())
+            (low, high), p = expanded_interval(replicates, n), p_value(difference, replicates, n)
+            plain = np.quantile(replicates, [0.025, 0.975])
+            z = 2 * stats.norm.sf(abs(difference) / max(replicates.std(), 1e-12))
+            tally["covered"].append(low <= 0 <= high)
+            tally["p < .05"].append(p < LEVEL)
+            tally["plain percentiles"].append(plain[0] <= 0 <= plain[1])
+            tally["normal p < .05"].append(z < LEVEL)
+        print(f"{kind:24} n {n:5}  " + "  ".join(f"{k} {np.mean(v):.3f}" for k, v in tally.items()), flush=True)
+
+
+def seeds(shared, trials=5, n=1000, simulations=10_000, family=137):
+    """Tests of a mean over prompts and seeds: noise of a seed, `shared` times the standard error over prompts."""
+    rng = np.random.default_rng(0)
+    of_prompts, of_images = 1 / np.sqrt(n), 1 / np.sqrt(n)
+    error = np.sqrt(of_prompts**2 + of_images**2 / trials)
+    values = of_prompts * rng.standard_normal((simulations, 1)) + of_images * rng.standard_normal((simulations, trials))
+    values += shared * error * np.sqrt(trials) * rng.standard_normal((simulations, trials))
+    prompts = 2 * stats.norm.sf(abs(values.mean(1)) / error)
+    over = np.array([t_p_value(v) for v in values])
+    told = []
+    for name, p in (("prompts", prompts), ("seeds", over), ("both", np.maximum(prompts, over))):
+        families = p[: simulations // family * family].reshape(-1, family)
+        wrong = np.mean([(holm(each) < LEVEL).any() for each in families])
+        told.append(f"{name} p < .05 {(p < LEVEL).mean():.3f}, any of {family} by Holm {wrong:.2f}")
+    print(f"shared noise {shared:g}  " + "  ".join(told), flush=True)
+
+
+if __name__ == "__main__":
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    torch.set_num_threads(1)
+    for n in (8, 16, 50, 200, 1000):
+        means(n, 40 * times if n < 1000 else 10 * times)
+    for shared in (0, 1, 1.6, 3):
+        seeds(shared)
+    for subsets in ((16, 100), (16, 2000)):
+        print("KID subsets", subsets)
+        scores_and_differences(200, simulations=times, subsets=subsets)
+    scores_and_differences(16, simulations=times)
+    scores_and_differences(50, simulations=times)
+    scores_and_differences(256, simulations=times)
+    scores_and_differences(256, tails=True, simulations=times)
+    scores_and_differences(256, trials=5, simulations=times // 2)
+    scores_and_differences(1000, simulations=times // 2)
