@@ -185,6 +185,7 @@ def test_command_writes_all_stages_of_my_image(tmp_path):
         (["--set", "tau=1200"], "less than or equal to 1000"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--image", "nowhere.png"], "nowhere.png"),
+        (["--strength", "0.5"], "--strength 0.5: how much of --image"),
         (["--out", "out.jpg"], "ends with .png"),
         (["--out", "nowhere/out.png"], "does not exist"),
     ],

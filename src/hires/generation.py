@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from numbers import Integral
 from typing import Any
 
@@ -82,7 +82,8 @@ def generate(
         if name in ELSEWHERE:
             raise HiresError(f"{name!r} is diffusers': {ELSEWHERE[name]}")
         if name not in Sampling.model_fields:
-            raise unknown("argument or setting", name, {*signature(generate).parameters, *Sampling.model_fields})
+            own = [name for name, p in signature(generate).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+            raise unknown("argument or setting", name, [*own, *Sampling.model_fields])
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     seeds = [int(seed)] * len(prompts) if isinstance(seed, int | Integral) else [int(each) for each in seed]
     if not prompts:

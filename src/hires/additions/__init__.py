@@ -128,9 +128,14 @@ class Additions:
 
     def check(self) -> None:
         """HiresError for what is missing or can't be read; nothing heavy is imported."""
-        for flag, files in (("--control-image", self.control_images), ("--ip-adapter-image", self.ip_adapter_images)):
+        for flag, files, acts_on, there in (
+            ("--control-image", self.control_images, "--controlnet", self.controlnets),
+            ("--ip-adapter-image", self.ip_adapter_images, "--ip-adapter", self.ip_adapters),
+        ):
             for file in files:
                 read_picture(file, f"{flag} {file}")
+                if not there:
+                    raise HiresError(f"{flag} {file}: acts on {acts_on}, of which there is none: name one")
         for acts_on, there, names in (
             ("--controlnet", self.controlnets, CONTROL_SETTINGS),
             ("--ip-adapter", self.ip_adapters, ("image_encoder", "ip_adapter_scale")),

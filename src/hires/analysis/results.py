@@ -77,7 +77,8 @@ class Results:
         folder = _resolve(path)
         if not (folder / "metrics.parquet").is_file():
             raise HiresError(
-                f"no metrics.parquet in {folder}: make the results first (`hires run`), or name their folder"
+                f"no metrics.parquet in {folder}: make the results first (`hires run`), or name a folder that has "
+                "some, such as results/reference"
             )
         return cls(folder, _resolve(output) if output else folder)
 

@@ -45,7 +45,8 @@ def processors(
     for name, former in stock_processors.items():
         if type(former) not in (FluxAttnProcessor, FluxIPAdapterAttnProcessor):
             raise HiresError(
-                f"{name} has a {type(former).__name__}: scale_dit stands in for FLUX's stock and IP-Adapter processors"
+                f"{name} has a {type(former).__name__}: scale_dit stands in for FLUX's stock and IP-Adapter processors "
+                "alone: choose another attention for other models"
             )
     if guidance_neighbours not in NEIGHBOURS:
         raise unknown("guidance_neighbours", guidance_neighbours, NEIGHBOURS)

@@ -95,7 +95,8 @@ class Backbone(ABC):
             pipe: a pipeline of a known family, or its ControlNet or image-to-image sibling, or of a subclass;
                 HiresError names those that are known.
             name: what records call the model; default: where the pipeline was loaded from.
-            hints: {"base_resolution", "size_multiple", "sampling"}; default: `hires.json` in the pipeline's folder.
+            hints: {"base_resolution", "size_multiple", "sampling"}; default: `hires.json` in the pipeline's folder, and
+                what the model's configuration says: 1024 for FLUX. {"base_resolution": 512} is for one trained at 512².
         """
         source = getattr(pipe, "name_or_path", "") or type(pipe).__name__
         if hints is None:

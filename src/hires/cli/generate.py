@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int | None:
     settings = _settings(args)
     _check_outputs(args)
     image = read_picture(args.image, f"--image {args.image}") if args.image else None
+    if args.strength is not None and image is None:
+        raise HiresError(f"--strength {args.strength:g}: how much of --image is redrawn, and there is none: name one")
     additions = _additions(args)
     additions.check()
     without_fragments()
