@@ -287,6 +287,8 @@ def test_where_a_score_gives_way():
     assert cell([(0.5, 0.2), (0.9, 0.1)], "count") == ["not up to ×4: 0.50 [0.30, 0.70] → 0.90 [0.80, 1.00]"]
     assert cell([(0.9, 0.1), (0.5, 0.2)], "count")[0].startswith("×4: ")
     assert cell([(1, 0.2)]) == []
+    few = sides([(1, 0.2), (1.1, 0.2), (2, 0.2)]).assign(flag=["", "", "n = 9, below 128"])
+    assert tables.gives_way(few, "factor", ["repetition"]).iloc[0, -1].startswith("not up to ×4")
 
 
 def test_a_protocol_is_set_against_the_gain_under_it():

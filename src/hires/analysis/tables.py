@@ -313,10 +313,11 @@ def best_setting(scores: pd.DataFrame, paired: pd.DataFrame, name: str, referenc
 def gives_way(scores: pd.DataFrame, column: str, names: Sequence[str]) -> pd.DataFrame:
     """At which value of the numeric `column` a metric is first worse than at the smallest: its interval lies beyond.
 
-    One row per backbone and variant with several values, one column per metric.
+    One row per backbone and variant with several values, one column per metric. Flagged scores are left out: with few
+    images FID is high and KID low, whatever the images.
     """
     rows = []
-    scores = scores[scores["variant"] != TRUE].sort_values(column, kind="stable")
+    scores = scores[(scores["variant"] != TRUE) & (scores["flag"] == "")].sort_values(column, kind="stable")
     for (backbone, variant), group in scores.groupby(["backbone", "variant"], sort=False):
         if len(set(group[column])) > 1:
             cells = {

@@ -122,7 +122,9 @@ def score(images: Features, references: Features, settings: Metrics, table: pd.D
     """All of `settings.scores` that are defined for these images.
 
     Intervals: 95 % of `settings.bootstrap` resamples of the prompts (at most FID_REPLICATES for FID), drawn alike for
-    every image set. FID, KID and spectrum compare with the references of the same prompts, resampled with them.
+    every image set. FID, KID and spectrum compare with the references of the same prompts, resampled with them. So each
+    image meets its own prompt's reference, which lowers KID by twice what such pairs are nearer than others, over n:
+    only KID of equal n compare.
 
     Args:
         references: one image of each prompt, or of most (addresses die); those of other prompts are left aside.
