@@ -136,6 +136,16 @@ def test_command_writes_an_image_that_tells_how_it_was_made(tmp_path, capsys, mo
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
+def test_the_small_models_tell_which_words_they_never_saw(tmp_path, capsys):
+    told = {}
+    for prompt in ("Three red rings, on a brick wall", "a red cat"):
+        command = ["generate", "--device", "cpu", "--prompt", prompt, "--size", "128", "--set=num_inference_steps=1"]
+        assert main([*command, "--out", str(tmp_path / "out.png")]) == 0
+        told[prompt] = capsys.readouterr().err
+    known, strange = told.values()
+    assert known == "" and strange.startswith("note: tiny-flux never saw cat; it knows: a, above, ")
+
+
 def test_the_record_knows_the_own_image_by_its_digest(tmp_path, capsys):
     mine, out = tmp_path / "mine.png", tmp_path / "out.png"
     Image.new("RGB", (96, 96), "teal").save(mine)

@@ -4,6 +4,7 @@ hires generate --model tiny-flux --prompt "three red rings on a brick wall" --si
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from textwrap import fill
@@ -196,6 +197,8 @@ def _make(
     picture = {"file": args.image.name, "sha256": sha256(args.image)} if args.image else None
     with parallel.joined(args.device) as device, ProgressBar() as progress:
         backbone = load(args.model, device, args.dtype, args.weights, args.offload, prepare)
+        if parallel.first() and args.weights == "pretrained":
+            _tell_strange_words(backbone.name, args.prompt)
         request = Request(
             backbone, args.variant, *size, sampled(backbone), image, args.strength, additions.extras(), additions.crop
         )
@@ -206,6 +209,17 @@ def _make(
             backbone.free()
             if parallel.first():
                 print(out)
+
+
+def _tell_strange_words(model: str, prompt: str) -> None:
+    """The small models take every word, and make nothing of those that they never saw."""
+    from hires.models import HINTS
+    from hires.scenes.captions import VOCABULARY
+
+    strange = [word for word in re.findall(r"[^\W\d_]+", prompt) if word.lower() not in VOCABULARY]
+    if model in HINTS and strange:
+        known = ", ".join(VOCABULARY)
+        print(f"note: {model} never saw {', '.join(strange)}; it knows: {known}", file=sys.stderr)
 
 
 def _write(
