@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from hires.analysis.results import Results, where
 from hires.analysis.statistics import LEVEL, holm, p_value, t_p_value
 from hires.config import Metrics
-from hires.metrics import paired, score
-from hires.metrics.bootstrap import draw_prompts, expanded_interval
+from hires.metrics import distances, paired, score
+from hires.metrics.bootstrap import draw_prompts, expanded_interval, interval
 from hires.metrics.features import Features
 from hires.metrics.scores import frame, over_trials
 
@@ -113,12 +114,82 @@ def seeds(shared, trials=5, n=1000, simulations=10_000, family=137):
     values += shared * error * np.sqrt(trials) * rng.standard_normal((simulations, trials))
     prompts = 2 * stats.norm.sf(abs(values.mean(1)) / error)
     over = np.array([t_p_value(v) for v in values])
+    variance = values.var(1, ddof=1) / trials
+    freedom = (variance + error**2) ** 2 / (variance**2 / (trials - 1))  # Satterthwaite's
+    added = 2 * stats.t.sf(abs(values.mean(1)) / np.sqrt(variance + error**2), freedom)
     told = []
-    for name, p in (("prompts", prompts), ("seeds", over), ("both", np.maximum(prompts, over))):
+    for name, p in (("prompts", prompts), ("seeds", over), ("both", np.maximum(prompts, over)), ("added", added)):
         families = p[: simulations // family * family].reshape(-1, family)
         wrong = np.mean([(holm(each) < LEVEL).any() for each in families])
         told.append(f"{name} p < .05 {(p < LEVEL).mean():.3f}, any of {family} by Holm {wrong:.2f}")
     print(f"shared noise {shared:g}  " + "  ".join(told), flush=True)
+
+
+def noise_of_seeds():
+    """Standard error over the seeds of `components` by that over prompts, in the median over its differences."""
+    results = Results.open("results/reference")
+    keys = ["backbone", "variant", "metric", "height"]
+    trials = where(results.trials, study="components").pivot_table("value", keys, "trial")
+    ratios = []
+    for row in where(results.paired, study="components", setting="default").itertuples():
+        a, b = (trials.loc[(row.backbone, v, row.metric, row.height)] for v in (row.a, row.b))
+        if row.high > row.low:
+            ratios.append((a - b).std(ddof=1) / np.sqrt(len(a)) / ((row.high - row.low) / 3.92))
+    print(f"noise of seeds ÷ error over prompts: median {np.median(ratios):.2f} of {len(ratios)} differences")
+
+
+def seconds(simulations=3000):
+    """Differences of seconds of three batches each, nothing there: resampled medians and Student's t."""
+    rng, tally = np.random.default_rng(0), defaultdict(list)
+    for _ in range(simulations):
+        a, b = rng.normal(1, 0.01, (2, 3))
+        medians = [np.median(x[rng.integers(3, size=(1000, 3))], axis=1) for x in (a, b)]
+        drawn = [np.median(x) + x.std(ddof=1) / np.sqrt(3) * rng.standard_t(2, 1000) for x in (a, b)]
+        for how, (first, second) in (("medians", medians), ("Student's t", drawn)):
+            (low, high), (under, over) = interval(first), interval(first - second)
+            p = p_value(float(np.median(a) - np.median(b)), first - second, 96)
+            for name, value in (
+                ("score", low <= 1 <= high),
+                ("difference", under <= 0 <= over),
+                ("p < .0004", p < 4e-4),
+            ):
+                tally[f"{how}: {name}"].append(value)
+    print("seconds  " + "  ".join(f"{name} {np.mean(v):.4f}" for name, v in tally.items()), flush=True)
+
+
+def kid_subsets(n, size, subsets, crops=1):
+    """Variance of KID and of a difference by the choice of subsets, by that over prompts."""
+    rng = np.random.default_rng(3)
+    own = 0.3 if crops > 1 else 1.0  # share of a prompt in the variance of its crops
+    prompts, places = (np.sqrt(s) * normal(rng, False, n, k) for s, k in ((own, 1), (0.5 * (1 - own), crops)))
+
+    def features(near, shift):
+        noise = np.sqrt(0.5 * (1 - own)) * normal(rng, False, n, crops) + 0.5 * np.sqrt(own) * normal(rng, False, n, 1)
+        return torch.from_numpy((near * prompts + places + noise + shift * SPECTRUM).reshape(n * crops, D)).float()
+
+    true, a, b = features(1, 0), features(0.9, 0.25), features(0.9, 0.25)
+    owners, draws = torch.arange(n).repeat_interleave(crops), draw_prompts(n, 200)
+    error = [distances.kid_replicates(x, true, owners, owners, draws).numpy() for x in (a, b)]
+    made = [
+        [distances.kid(x, true, size, subsets, torch.Generator().manual_seed(s))[0] for x in (a, b)] for s in range(30)
+    ]
+    chance = np.array(made).T
+    ratios = chance[0].var(ddof=1) / error[0].var(), (chance[0] - chance[1]).var(ddof=1) / (error[0] - error[1]).var()
+    print(
+        f"{subsets} subsets of {size} from {n} x {crops}: of a KID {ratios[0]:.3f}, of a difference {ratios[1]:.3f}",
+        flush=True,
+    )
+
+
+def kid_by_n(n, simulations=200):
+    rng, found = np.random.default_rng(n), []
+    for _ in range(simulations):
+        prompts = normal(rng, False, n)
+        true = prompts + 0.5 * normal(rng, False, n)
+        images = 0.9 * prompts + 0.6 * normal(rng, False, n) + 0.25 * SPECTRUM
+        pair = (torch.from_numpy(x) for x in (images, true))
+        found.append(distances.kid(*pair, n, 1, torch.Generator().manual_seed(0))[0])
+    print(f"KID of {n} images {np.mean(found):.4f}", flush=True)
 
 
 if __name__ == "__main__":
@@ -126,8 +197,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for n in (8, 16, 50, 200, 1000):
         means(n, 40 * times if n < 1000 else 10 * times)
+    noise_of_seeds()
     for shared in (0, 1, 1.6, 3):
         seeds(shared)
+    seconds()
+    for given in ((200, 16, 100), (200, 16, 2000), (1000, 128, 100), (1000, 128, 100, 4)):
+        kid_subsets(*given)
+    for n in (16, 50, 256):
+        kid_by_n(n)
     for subsets in ((16, 100), (16, 2000)):
         print("KID subsets", subsets)
         scores_and_differences(200, simulations=times, subsets=subsets)
