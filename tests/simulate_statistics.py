@@ -57,7 +57,7 @@ def scored(rng, n, trials, settings, tails):
 
 
 def scores_and_differences(n, trials=1, tails=False, simulations=100, subsets=(128, 100)):
-    settings = Metrics(kid_subset_size=min(n, subsets[0]), kid_subsets=subsets[1], scores=["fid", "kid"])
+    settings = Metrics(kid_subset_size=min(n, subsets[0]), kid_subsets=subsets[1], scores=["fid", "kid", "is"])
     single, double = [], []
     for seed in range(simulations):
         made = scored(np.random.default_rng([n, trials, seed]), n, trials, settings, tails)
