@@ -107,6 +107,17 @@ def test_seeds_of_numpy(backbone):
     assert json.loads(image.info["parameters"])["seed"] == 3
 
 
+def test_every_stage_has_the_pipelines_progress_bar(backbone, capsys):
+    size = {"height": 256, "width": 256, "num_inference_steps": 2, "tau": 900}
+    backbone.pipe.set_progress_bar_config(ncols=60)
+    hires.generate(backbone, "a red ball on snow", **size)
+    told = capsys.readouterr().err
+    assert "base: 100%" in told and "stage-1: 100%" in told and told.count("2/2") == 2
+    backbone.pipe.set_progress_bar_config(disable=True)
+    hires.generate(backbone, "a red ball on snow", **size)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_backbone_says_what_it_is(backbone):
     assert repr(backbone) == "<Flux 'tiny-flux': base 128x128, sides in multiples of 32, float32 on cpu>"
 

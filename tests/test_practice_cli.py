@@ -96,6 +96,7 @@ def test_controlnet_ip_adapter_and_lora_from_the_command_line(parts, tmp_path, c
     (same,) = hires.generate(backbone, PROMPT, height=192, width=192, **extras, **FAST)
     assert np.array_equal(pixels, np.array(same))
 
+    capsys.readouterr()  # progress bars
     moved = tmp_path / "elsewhere.safetensors"
     shutil.copy(parts / "tiny-flux-lora" / "pytorch_lora_weights.safetensors", moved)
     again = ["show", str(out), "--again", str(tmp_path / "again.png"), "--device", "cpu"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 import hires
 from hires.additions.adapters import adapter_digests
@@ -55,7 +56,8 @@ def generate(
 ) -> list[Image.Image]:
     """Images of height × width pixels, `num_images_per_prompt` of the first prompt, then of the second, …
 
-    Each carries its record in `info["parameters"]`, as JSON; `hires.save` writes it into a PNG.
+    Each carries its record in `info["parameters"]`, as JSON; `hires.save` writes it into a PNG. Every stage has a
+    progress bar, which `pipe.set_progress_bar_config(disable=True)` takes away, as elsewhere in diffusers.
 
     Args:
         backbone: from `hires.load` or `Backbone.from_pipeline`.
@@ -105,9 +107,10 @@ def generate(
     numbers = [first + index for first in seeds for index in copies]
     request = Request(backbone, variant, height, width, sampling, image, strength, extras, crop)
     made: list[Image.Image] = []
+    bars = _Bars(backbone.pipe, callback)
 
     def make() -> None:
-        for stage in request.stages(texts, numbers, callback):
+        for stage in request.stages(texts, numbers, bars):
             if preview is not None and not request.ends_with(stage):
                 preview(stage.name, small_images(backbone, stage))
         given = extras.record() | ({"image": picture_record(image)} if image else {}) | ({"crop": True} if crop else {})
@@ -116,10 +119,28 @@ def generate(
     try:
         reason = attempt(make)
     finally:
+        bars.bar.close()
         backbone.free()
     if reason:
         raise HiresError(f"{height}x{width}, batch {len(texts)}: {reason}; {ADVICE}")
     return made
+
+
+class _Bars:
+    """A callback that shows a progress bar for each stage, the pipeline's own, and calls another one."""
+
+    def __init__(self, pipe: Any, callback: Callback | None) -> None:
+        self.pipe, self.callback = pipe, callback
+        self.stage, self.bar = "", tqdm(disable=True)
+
+    def __call__(self, stage: str, step: int, steps: int, latents: torch.Tensor) -> None:
+        if stage != self.stage:
+            self.bar.close()
+            self.stage, self.bar = stage, self.pipe.progress_bar(total=steps)
+            self.bar.set_description(stage)
+        self.bar.update()
+        if self.callback is not None:
+            self.callback(stage, step, steps, latents)
 
 
 @dataclass(frozen=True)
