@@ -129,14 +129,34 @@ def test_stages_of_a_cascade_include_the_stored_base(config):
 
 
 def test_images_are_those_of_the_library(config):
-    """Stored base latents, batches and shards change nothing: `hires.generate` gives the same pixels."""
+    """Stored base latents, batches and shards change nothing: `hires.generate` gives the same pixels, every variant
+    those of the same noise."""
     backbone = models.load(config, "flux", "cpu")
     prompt = read_prompts(layout.prompts(config))[2]
+    given, seed = config.sampling("main", "default", "flux").model_dump(exclude_unset=True), None
     for images_of in config.image_sets():
-        given = config.sampling("main", "default", "flux").model_dump(exclude_unset=True)
-        (expected,) = hires.generate(backbone, prompt.prompt, images_of.variant, height=256, width=256, seed=0, **given)
         found = Image.open(layout.image(config, images_of, prompt.id, 0))
+        stated = json.loads(found.text["parameters"])["seed"]
+        (expected,) = hires.generate(
+            backbone, prompt.prompt, images_of.variant, height=256, width=256, seed=stated, **given
+        )
+        assert seed in (None, stated)
+        seed = stated
         assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_each_prompt_has_noise_of_its_own(finished):
+    """Shared by all variants, settings and sizes of a prompt and trial, and the same on every machine."""
+    more = "sizes: {256x256: 3, 192x256: 2}, settings: {a: {}, b: {num_inference_steps: 3}}, seeds: [0, 1]"
+    (finished / "more.yaml").write_text(CONFIG.replace("sizes: {256x256: 3}", more))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished)
+        config = load_config("more.yaml")
+        drawn = [images.items(config, made, 0) for made in config.image_sets()]
+        drawn += [base.items(config, made, 0) for made in layout.base_sets(config)]
+        seeds = {(item.prompt.prompt, item.seed, item.noise_seed) for items in drawn for item in items}
+    assert len(drawn) == 12 and len(seeds) == len({seed for *_, seed in seeds}) == 4
+    assert shards.noise_seed("two green cones in the snow, näher", 1) == 4116963416
 
 
 def test_a_job_runs_on_its_own_threads(config):
@@ -157,7 +177,8 @@ def test_an_image_says_how_it_was_made(config):
     prompt = read_prompts(layout.prompts(config))[0]
     file = layout.image(config, config.image_set("main", "default", "flux", "npa+sg", 256, 256), prompt.id, 0)
     parameters = json.loads(Image.open(file).text["parameters"])
-    assert parameters["prompt"] == prompt.prompt and parameters["seed"] == 0 and parameters["variant"] == "npa+sg"
+    seed = shards.noise_seed(prompt.prompt, 0)
+    assert parameters["prompt"] == prompt.prompt and parameters["seed"] == seed and parameters["variant"] == "npa+sg"
     assert parameters["sampling"]["tau"] == 500 and parameters["model"] == "model"
 
 

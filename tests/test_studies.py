@@ -1,6 +1,7 @@
 """The studies' configurations, and how a run that is cut, or spread over machines, still gives their scores."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hires.files.storage import read_json
 from hires.metrics.bootstrap import interval
 from hires.provenance import config_data
 from hires.sizes import stage_sizes
-from hires.stages import collect, costs, metrics, run
+from hires.stages import VERSIONS, collect, costs, metrics, run
 from hires.stages.crops import SIDE, strip
 from hires.stages.plan import plan
 
@@ -260,6 +261,26 @@ def test_scores_of_other_prompts_are_refused(whole, tmp_path, monkeypatch, capsy
         collect.run(config, [source])
     pq.write_table(prompts, layout.prompts(config), compression="none")  # the same ones, as another Arrow writes them
     assert len(collect.run(config, [source])) == 4
+
+
+def test_scores_of_another_version_are_refused(whole, tmp_path, monkeypatch, capsys):
+    """Before they are collected, and where they were."""
+    monkeypatch.chdir(folder_of(tmp_path, "older"))
+    source = shutil.copytree(whole / "results/cut", tmp_path / "source")
+    collected = ["collect", "--config", "config.yaml", "--from", str(source)]
+    assert main(collected) == 0
+    capsys.readouterr()
+    for file, command, place in (
+        (source / "provenance.json", collected, str(source)),
+        (Path("results/cut/collected.json"), ["run", "--config", "config.yaml"], "results/cut"),
+    ):
+        text, now = file.read_text(), VERSIONS["images"]
+        file.write_text(re.sub(rf'("images": ){now}\b', r"\g<1>1", text))
+        assert file.read_text() != text and main(command) == 2
+        said = capsys.readouterr().err
+        assert f"{place} holds scores that version 1 of the stage images made, which is at {now} now: " in said
+        assert said.count("\n") == 1
+        file.write_text(text)
 
 
 def test_an_unknown_backbone_is_named(tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def test_what_an_older_stage_made_is_made_again_and_it_is_said_why(config, capsy
     images.run(config, "main", "flux", 192, 192, 0)
     told = capsys.readouterr().err.splitlines()
     folder = "results/upgraded/images/main/default/flux/upsample/192x192"
-    assert told[0] == f"{folder}: 2 of 2 made again: each was made by version 0 of its stage, which is at 1 now"
+    now = VERSIONS["images"]
+    assert told[0] == f"{folder}: 2 of 2 made again: each was made by version 0 of its stage, which is at {now} now"
     assert told[-1].startswith("images main flux 192x192 shard 0: 2 of 2 made, ")
     assert hashes() == before and {read_json(path)["version"] for path in records()} == {VERSIONS["images"]}
 
@@ -119,12 +120,16 @@ def test_what_a_newer_stage_made_is_left_alone(config, pattern, stage):
 
 
 def test_records_from_before_they_had_versions_are_kept(config, capsys):
-    for path in records():
+    """They count as version 1, which the references still are."""
+    made = records("references/**/*.png.json")
+    for path in [*made, *records()]:
         edit(path, version=None, digest=None)
-    before = {path: path.stat().st_mtime_ns for path in records()}
-    images.run(config, "main", "flux", 192, 192, 0)
+    before = {path: path.stat().st_mtime_ns for path in made}
+    references.run(config, 192, 192)
     assert ": 0 of 2 made, 2 kept" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in records()} == before
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    images.run(config, "main", "flux", 192, 192, 0)
+    assert "2 of 2 made again: each was made by version 1 of its stage" in capsys.readouterr().err
 
 
 def test_finished_results_of_a_newer_hires_are_left_alone(config, capsys):

@@ -6,6 +6,7 @@ next one keeps exactly the files whose record fits, and Snakemake may delete a m
 again, byte for byte, from the records.
 """
 
+import hashlib
 import sys
 import time
 from collections import Counter
@@ -42,7 +43,8 @@ class Newer(HiresError):
 
 @dataclass(frozen=True)
 class Item:
-    """One file to make: a prompt and a seed, where it goes, the digest of all it depends on, and the stage's version.
+    """One file to make: a prompt and the seed of its trial, where it goes, the digest of all it depends on, and the
+    stage's version.
 
     The version is in the key as well, where it can't be read.
     """
@@ -52,6 +54,11 @@ class Item:
     file: Path
     key: str
     version: int
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed of the generator that draws all its random numbers; every variant, setting and size has the same."""
+        return noise_seed(self.prompt.prompt, self.seed)
 
     @property
     def record(self) -> Path:
@@ -101,6 +108,16 @@ class Item:
         write_json(
             self.record, sealed({"version": self.version, "key": self.key, "sha256": sha256(self.file), **measured})
         )
+
+
+def noise_seed(prompt: str, trial: int) -> int:
+    """The seed of an image, of its prompt and the trial's seed: so no two prompts of a trial share their noise, and an
+    interval over prompts is one over noise too.
+
+    Of the prompt's words, not its id, as an image is a function of words and seed. 32 bits: PyTorch's generator on the
+    CPU takes in no more.
+    """
+    return int.from_bytes(hashlib.sha256(f"{trial} {prompt}".encode()).digest()[:4])
 
 
 def items(

@@ -137,7 +137,7 @@ class Study(Section):
         min_length=1, description="height x width in pixels → how many prompts, the first of the list"
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)] = Field(
-        [0], description="one image per prompt and seed"
+        [0], description="one image per prompt and seed, with noise drawn from both"
     )
     settings: dict[Name, Sampling] = Field(
         default_factory=lambda: {"default": Sampling()},

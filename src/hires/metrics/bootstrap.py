@@ -43,6 +43,21 @@ def expanded_interval(replicates: NDArray[np.float64], n: int) -> tuple[float, f
     return float(low), float(high)
 
 
+def exact_share(share: float, n: int) -> tuple[float, float]:
+    """95 % around a share of n that are each 0 or 1, by Clopper and Pearson 1934 (Biometrika 26): not empty where all
+    agree, of which every resample is the same."""
+    found = stats.binomtest(round(share * n), n).proportion_ci(COVERAGE)
+    return float(found.low), float(found.high)
+
+
+def exact_count(mean: float, n: int) -> tuple[float, float]:
+    """95 % around a mean count of n, by Garwood 1936 (Biometrika 28) for Poisson's; 0 to 3.7 / n where nothing was
+    counted, the two-sided rule of three (Hanley and Lippman-Hand 1983, JAMA 249)."""
+    total, tail = round(mean * n), (1 - COVERAGE) / 2
+    low = stats.chi2.ppf(tail, 2 * total) / (2 * n) if total else 0.0
+    return float(low), float(stats.chi2.isf(tail, 2 * total + 2) / (2 * n))
+
+
 def centred(replicates: NDArray[np.float64], value: float) -> NDArray[np.float64]:
     """Replicates moved so that their mean is `value`.
 

@@ -14,7 +14,7 @@ from hires.analysis.results import BETWEEN, named
 from hires.analysis.statistics import holm, p_value
 from hires.config import Metrics
 from hires.metrics import distances
-from hires.metrics.bootstrap import centred, draw_prompts, expanded_interval, interval
+from hires.metrics.bootstrap import centred, draw_prompts, exact_count, exact_share, expanded_interval, interval
 from hires.metrics.features import Features
 from hires.metrics.networks import QUALITY
 from hires.metrics.pixels import BANDS, LOW
@@ -39,11 +39,12 @@ PER_IMAGE = {
     "seconds": ["seconds"],
     "peak_bytes": ["peak_bytes"],
 }
+EXACT = {"count": exact_share, "colours": exact_share, "repetition": exact_count}  # where all images agree
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number with its replicates over resampled prompts."""
+    """One number with its replicates over resampled `prompts`, or drawn from what is known of its spread (None)."""
 
     metric: str
     value: float
@@ -51,9 +52,15 @@ class Score:
     n: int
     flag: str
     protocol: str
+    prompts: int | None = None
 
     def row(self) -> dict:
-        low, high = interval(self.replicates)
+        if self.prompts is None:
+            low, high = interval(self.replicates)
+        elif self.metric in EXACT and self.prompts > 2 and np.ptp(self.replicates) == 0:
+            low, high = EXACT[self.metric](self.value, self.prompts)
+        else:
+            low, high = expanded_interval(self.replicates, self.prompts)
         return {**self.__dict__, "low": low, "high": high, "replicates": self.replicates.tolist()}
 
 
@@ -122,9 +129,9 @@ def score(images: Features, references: Features, settings: Metrics, table: pd.D
     """All of `settings.scores` that are defined for these images.
 
     Intervals: 95 % of `settings.bootstrap` resamples of the prompts (at most FID_REPLICATES for FID), drawn alike for
-    every image set. FID, KID and spectrum compare with the references of the same prompts, resampled with them. So each
-    image meets its own prompt's reference, which lowers KID by twice what such pairs are nearer than others, over n:
-    only KID of equal n compare.
+    every image set, expanded (`bootstrap.expanded_interval`); `EXACT` ones where all images agree. FID, KID and
+    spectrum compare with the references of the same prompts, resampled with them. So each image meets its own prompt's
+    reference, which lowers KID by twice what such pairs are nearer than others, over n: only KID of equal n compare.
 
     Args:
         references: one image of each prompt, or of most (addresses die); those of other prompts are left aside.
@@ -145,7 +152,7 @@ def _measured(images: Features) -> dict[str, str]:
     return {
         "clip": f"{encoders}, {cut} of {len(images)} prompts cut at {meta['clip_length']} tokens",
         "clip_iqa": f"{encoders}, {' against '.join(map(repr, QUALITY))}",
-        **dict.fromkeys(("count", "colours", "repetition"), "objects read by hires.scenes.parse"),
+        **dict.fromkeys(EXACT, "objects read by hires.scenes.parse; exact interval where all images agree"),
         "seams": "log10 of gradient energy on patch borders over that on other token borders, less the true image's",
         "high_band": f"{power} .5–1 of Nyquist, less that of the true image",
         "low_band": f"root mean square difference from the true image, both reduced to {LOW}x{LOW} parts",
@@ -269,7 +276,7 @@ class _Scorer:
             replicates = np.array([value])
         elif centre:
             replicates = centred(replicates, value)
-        return Score(metric, value, replicates, n, "; ".join(flags), protocol)
+        return Score(metric, value, replicates, n, "; ".join(flags), protocol, self.draws.shape[1])
 
 
 def over_trials(trials: Sequence[Sequence[Score]]) -> list[Score]:
@@ -285,7 +292,8 @@ def over_trials(trials: Sequence[Sequence[Score]]) -> list[Score]:
         value = float(np.mean([s.value for s in same]))
         replicates = np.mean([s.replicates for s in same], axis=0)
         protocol = f"mean over {len(same)} seeds; {same[0].protocol}"
-        found.append(Score(same[0].metric, value, replicates, sum(s.n for s in same), same[0].flag, protocol))
+        n, prompts = sum(s.n for s in same), same[0].prompts
+        found.append(Score(same[0].metric, value, replicates, n, same[0].flag, protocol, prompts))
     return found
 
 

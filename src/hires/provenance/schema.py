@@ -120,7 +120,7 @@ class Record(Measured):
 
 
 class Entry(Measured):
-    """A file of a shard."""
+    """A file of a shard. seed: the trial's; an image states its own, drawn from trial and prompt, in its metadata."""
 
     id: str
     seed: int
@@ -167,7 +167,7 @@ class Prompts(Part):
 
 
 class Images(Part):
-    """Number of images, the seconds that they took, and their seeds."""
+    """Number of images, the seconds that they took, and the seeds of their trials."""
 
     n: int
     seconds: float | None = None

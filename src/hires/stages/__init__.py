@@ -4,10 +4,10 @@
 VERSIONS = {
     "prompts": 1,
     "references": 1,
-    "base": 1,
-    "images": 1,
+    "base": 2,  # 1: all prompts of a trial shared their noise
+    "images": 2,
     "features": 2,
-    "scores": 4,
+    "scores": 5,
     "metrics": 4,
     "notebook": 1,
     "report": 1,

@@ -66,7 +66,7 @@ def _make(config: Config, base: BaseSet, work: Sequence[Batch], device: str) -> 
     def make(whole: Sequence[Item], wanted: Sequence[bool], part: slice) -> None:
         batch = whole[part]
         started = time.monotonic()
-        prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
+        prompts, seeds = [item.prompt.prompt for item in batch], [item.noise_seed for item in batch]
         latents = base_latents(model, prompts, seeds, base.target_height, base.target_width, sampling).cpu()
         measured = {
             "seconds": round((time.monotonic() - started) / len(batch), 4),

@@ -11,24 +11,30 @@ from hires.data.prompts import read_prompts
 from hires.errors import HiresError
 from hires.files.storage import read_json, replacing, write_json
 from hires.provenance import config_digest
+from hires.stages import VERSIONS
+
+SHAPING = {"prompts", "references", "base", "images", "features", "scores"}  # stages that shape a score
 
 
 def run(config: Config, sources: Sequence[Path]) -> list[str]:
     """Take what `sources`, results folders of this very configuration, hold and this one lacks; the sets taken.
 
     Scores, crops, features of references and prompts are copied. `layout.collected` names the sets, which later runs
-    leave alone, and keeps the records of what made them. HiresError where a folder is another configuration's, or its
-    prompts are others.
+    leave alone, and keeps the records of what made them. HiresError where a folder is another configuration's, its
+    prompts are others, or another version of a stage made its scores.
     """
+    check(config)
     for source in sources:
         file = source / layout.provenance(config).name
         if not file.is_file():
             raise HiresError(f"{source} holds no {file.name}: name a results folder that `hires run` has written")
-        if (theirs := read_json(file)["config"]) != config_digest(config):
+        record = read_json(file)
+        if (theirs := record["config"]) != config_digest(config):
             raise HiresError(
                 f"{source} was made from configuration {theirs}, this one is {config_digest(config)}: their scores "
                 "don't belong together: collect results of this configuration"
             )
+        _same_stages(source, record, "make them again there (hires run) and then collect")
         ours = layout.prompts(config)
         if ours.exists() and read_prompts(ours) != read_prompts(source / ours.name):  # bytes differ by Arrow's version
             raise HiresError(
@@ -52,6 +58,21 @@ def elsewhere(config: Config) -> list[ImageSet]:
 def records(config: Config) -> list[dict[str, Any]]:
     """What made the collected sets: the provenance of each source."""
     return _read(config)["records"]
+
+
+def check(config: Config) -> None:
+    """HiresError where another version of a stage made collected scores: they don't belong beside those made here."""
+    for record in records(config):
+        _same_stages(config.root, record, "delete the folder, or give the configuration another name")
+
+
+def _same_stages(place: Path, record: dict[str, Any], mend: str) -> None:
+    for stage in sorted(SHAPING & record.get("stages", {}).keys()):
+        if (theirs := record["stages"][stage]) != VERSIONS[stage]:
+            raise HiresError(
+                f"{place} holds scores that version {theirs} of the stage {stage} made, which is at {VERSIONS[stage]} "
+                f"now: {mend}"
+            )
 
 
 def _continues(record: dict[str, Any], former: dict[str, Any]) -> bool:

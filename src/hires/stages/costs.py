@@ -79,7 +79,8 @@ def _measure(config: Config, images: ImageSet, device: str) -> dict[str, Any]:
         backbone.require_adapter(variant.adapter)
     sampling = config.sampling(images.study, images.setting, images.backbone).over(backbone.defaults)
     drawn = shards.drawn(config)[: min(BATCH, config.compute.batch_size, images.n)]
-    texts, seeds = [prompt.prompt for prompt in drawn], [images.seeds[0]] * len(drawn)
+    texts = [prompt.prompt for prompt in drawn]
+    seeds = [shards.noise_seed(text, images.seeds[0]) for text in texts]
     taken: list[float] = []
     peak = 0
     for _ in range(1 + REPEATS):

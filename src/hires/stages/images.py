@@ -153,7 +153,7 @@ class _Maker:
         from hires.cascade import cascade, decode
         from hires.execution.meter import Meter
 
-        prompts, seeds = [item.prompt.prompt for item in batch], [item.seed for item in batch]
+        prompts, seeds = [item.prompt.prompt for item in batch], [item.noise_seed for item in batch]
         height, width = self.images.height, self.images.width
         sampling = self.thrift.sampling(self.sampling)
         latents, shared = self._base_latents(batch)
@@ -200,10 +200,13 @@ class _Maker:
         return torch.cat(samples), costs
 
     def _encode(self, picture: "Image.Image", item: Item, sampling: Sampling) -> bytes:
-        """The file's bytes, the same in every run: nothing measured is in its metadata."""
+        """The file's bytes, the same in every run: nothing measured is in its metadata.
+
+        Its seed there is the one that makes this image from this prompt, not the trial's.
+        """
         parameters = {
             "prompt": item.prompt.prompt,
-            "seed": item.seed,
+            "seed": item.noise_seed,
             **self.images.names,
             "model": self.backbone.name,
             "revision": self.backbone.revision,

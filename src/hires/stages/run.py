@@ -81,6 +81,7 @@ def _helpers(device: str) -> Executor:
 
 
 def _run(config: Config, clock: Clock, backbones: Sequence[str]) -> bool:
+    collect.check(config)
     changed = store_config(config)
     other = other_versions(config)
     for stage, version in other.items():
