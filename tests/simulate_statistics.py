@@ -18,7 +18,7 @@ from hires.config import Metrics
 from hires.metrics import distances, paired, score
 from hires.metrics.bootstrap import draw_prompts, expanded_interval, interval
 from hires.metrics.features import Features
-from hires.metrics.scores import frame, over_trials
+from hires.metrics.scores import Score, frame, over_trials
 
 D = 128
 SPECTRUM = 1 / np.sqrt(np.arange(1, D + 1))
@@ -103,6 +103,35 @@ def means(n, simulations=4000):
             tally["plain percentiles"].append(plain[0] <= 0 <= plain[1])
             tally["normal p < .05"].append(z < LEVEL)
         print(f"{kind:24} n {n:5}  " + "  ".join(f"{k} {np.mean(v):.3f}" for k, v in tally.items()), flush=True)
+
+
+def own_intervals(n, simulations=2000):
+    """Own intervals of means: plain percentiles, expanded ones, and with exact ones where all images agree."""
+    rng = np.random.default_rng(n)
+    draws = draw_prompts(n, 1000).double().numpy() / n
+    kinds = {
+        "count 2%": ("count", lambda x: x < stats.norm.ppf(0.02)),
+        "count 10%": ("count", lambda x: x < stats.norm.ppf(0.1)),
+        "count 50%": ("count", lambda x: x < 0),
+        "repetition": ("repetition", lambda x: np.floor(np.exp(1.2 * x - 1.5))),
+        "rare repetition": ("repetition", lambda x: np.floor(np.exp(1.2 * x - 2.5))),
+        "normal": ("high_band", lambda x: x),
+    }
+    for kind, (metric, of) in kinds.items():
+        truth, tally, same = of(stats.norm.ppf((np.arange(10**6) + 0.5) / 10**6)).mean(), defaultdict(list), 0
+        for _ in range(simulations):
+            values = of(rng.standard_normal(n)) * 1.0
+            replicates = draws @ values
+            row = Score(metric, values.mean(), replicates, n, "", "", n).row()
+            same += np.ptp(values) == 0
+            for how, (low, high) in (
+                ("plain", interval(replicates)),
+                ("expanded", expanded_interval(replicates, n)),
+                ("now", (row["low"], row["high"])),
+            ):
+                tally[how].append(low <= truth <= high)
+        told = "  ".join(f"{how} {np.mean(v):.3f}" for how, v in tally.items())
+        print(f"own interval of {kind:16} n {n:5}  {told}  all agree {same / simulations:.3f}", flush=True)
 
 
 def seeds(shared, trials=5, n=1000, simulations=10_000, family=137):
@@ -197,6 +226,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for n in (8, 16, 50, 200, 1000):
         means(n, 40 * times if n < 1000 else 10 * times)
+    for n in (8, 16, 50, 256, 1000):
+        own_intervals(n, 20 * times)
     noise_of_seeds()
     for shared in (0, 1, 1.6, 3):
         seeds(shared)

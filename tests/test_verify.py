@@ -14,6 +14,7 @@ from hires.cli import main
 from hires.config import load_config
 from hires.files.storage import read_json, write_json
 from hires.models import HINTS, build_pipeline
+from hires.stages import VERSIONS
 
 CONFIG = """
 name: small
@@ -132,8 +133,8 @@ def test_an_image_that_was_exchanged_together_with_its_record_is_told(verify):
 @pytest.mark.parametrize(
     "change, told",
     [
-        (lambda m: m.update(version=0), "made by version 0 of the stage images, not 1"),
-        (lambda m: m.update(version=99), "made by version 99 of the stage images, not 1"),
+        (lambda m: m.update(version=0), f"made by version 0 of the stage images, not {VERSIONS['images']}"),
+        (lambda m: m.update(version=99), f"made by version 99 of the stage images, not {VERSIONS['images']}"),
         (lambda m: m["provenance"][0].update(commit="abc", dirty=True), "made by commit abc with local changes, not "),
         (lambda m: m["provenance"][0].update(hires="9.9"), "made by hires 9.9, not 0.1.0"),
         (lambda m: m["provenance"][0].update(revision="abc"), "made with another revision or other files of 'model'"),
