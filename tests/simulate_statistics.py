@@ -2,6 +2,7 @@
 
 Prompts have effects that variants share, and features those that true renders share too; every image has noise of its
 own. Two variants are alike (the size of a test), a third is a little better (power). Minutes on one core.
+`… noise` instead paints base images of both small models, with one noise for all prompts of a trial and with their own.
 """
 
 import sys
@@ -12,13 +13,18 @@ import pandas as pd
 import torch
 from scipy import stats
 
+import hires
 from hires.analysis.results import Results, where
 from hires.analysis.statistics import LEVEL, holm, p_value, t_p_value
+from hires.cascade import base_latents
 from hires.config import Metrics
 from hires.metrics import distances, paired, score
 from hires.metrics.bootstrap import draw_prompts, expanded_interval, interval
 from hires.metrics.features import Features
 from hires.metrics.scores import Score, frame, over_trials
+from hires.scenes import caption, scene, scene_ids
+from hires.settings import Sampling
+from hires.shards import noise_seed
 
 D = 128
 SPECTRUM = 1 / np.sqrt(np.arange(1, D + 1))
@@ -167,6 +173,33 @@ def noise_of_seeds():
     print(f"noise of seeds ÷ error over prompts: median {np.median(ratios):.2f} of {len(ratios)} differences")
 
 
+def noise_of_trials(model, prompts=32, trials=10):
+    """Spread of a trial's mean over prompts by what noise of each prompt's own would give: 1 where it has its own.
+
+    Of base images: brightness, red less blue, log₁₀ of the grey variance, log₁₀ of the energy of its horizontal steps.
+    """
+    backbone = hires.load(model, device="cpu")
+    texts = [caption(scene(i)) for i in scene_ids("held-out", prompts)]
+    side, sampling = backbone.base_resolution, Sampling().over(backbone.defaults)
+    for how, seed_of in (("one noise a trial", lambda text, trial: trial), ("noise of its own", noise_seed)):
+        rows = []
+        for trial in range(trials):
+            made = []
+            for start in range(0, prompts, 8):
+                some = texts[start : start + 8]
+                seeds = [seed_of(text, trial) for text in some]
+                made.append(backbone.decode(base_latents(backbone, some, seeds, side, side, sampling)).numpy())
+            pixels = np.concatenate(made)
+            grey = pixels.mean(1)
+            steps = np.square(np.diff(grey, axis=2)).mean((1, 2))
+            red = (pixels[:, 0] - pixels[:, 2]).mean((1, 2))
+            rows.append([grey.mean((1, 2)), red, np.log10(grey.var((1, 2))), np.log10(steps)])
+        values = np.array(rows)  # trials, measures, prompts
+        own = np.sqrt(values.var(0, ddof=1).mean(1) / prompts)
+        ratios = values.mean(2).std(0, ddof=1) / own
+        print(f"{model}, {how}: " + " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
+
+
 def seconds(simulations=3000):
     """Differences of seconds of three batches each, nothing there: resampled medians and Student's t."""
     rng, tally = np.random.default_rng(0), defaultdict(list)
@@ -222,8 +255,12 @@ def kid_by_n(n, simulations=200):
 
 
 if __name__ == "__main__":
-    times = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["noise"]:
+        for model in ("tiny-flux", "tiny-sdxl"):
+            noise_of_trials(model)
+        sys.exit()
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     for n in (8, 16, 50, 200, 1000):
         means(n, 40 * times if n < 1000 else 10 * times)
     for n in (8, 16, 50, 256, 1000):
@@ -232,7 +269,7 @@ if __name__ == "__main__":
     for shared in (0, 1, 1.6, 3):
         seeds(shared)
     seconds()
-    for given in ((200, 16, 100), (200, 16, 2000), (1000, 128, 100), (1000, 128, 100, 4)):
+    for given in ((200, 16, 100), (200, 16, 2000), *((1000, 128, k, crops) for k in (100, 1000) for crops in (1, 4))):
         kid_subsets(*given)
     for n in (16, 50, 256):
         kid_by_n(n)
