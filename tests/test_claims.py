@@ -279,12 +279,17 @@ def test_mistakes_in_claims_are_one_line(tmp_path):
         claims.load_claims(path)
 
 
-def test_every_test_that_expects_a_side_has_its_mark(tmp_path):
-    tests = [("kid", "x", "y", -1.0, 0.5, 1e-9), ("fid", "x", "y", 0.0, 0.0, 1.0), ("clip", "x", "y", -2.0, 0.0, 0.0)]
+def test_every_test_has_its_cell(tmp_path):
+    tests = [("kid", "x", "y", -1.0, 0.5, 1e-9), ("fid", "x", "y", 0.0, 0.0, 1.0), ("clip", "x", "y", -0.25, 0.0, 0.0)]
     asked = [claim(tests={"kid": "lower", "fid": "lower", "clip": "higher"}), claim(id="d", a="z")]
-    figure = figures.verdicts(claims.judge(asked, results(tmp_path, tests)))
-    marks = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() != "None"]
-    assert marks == [[[2.0, 0]], [[0.0, 1]], [[-8.0, 2]]]  # −1 is two half widths to the paper's side
+    found = results(tmp_path, tests)
+    planned = pd.DataFrame([{**PLACE, "variant": variant} for variant in ("z", "y")])
+    (axis,) = figures.verdicts(claims.judge(asked, found, planned)).axes
+    cells = axis.images[0].get_array()
+    assert cells[:3].tolist() == [[0], [2], [1]]  # reproduced, undecided, not reproduced
+    assert cells.mask.tolist() == [[False], [False], [False], [True]]
+    assert [text.get_text() for text in axis.texts] == ["−1000", "0", "−.25", "–"]
+    assert [name.get_text() for name in axis.get_yticklabels()][:2] == ["c: KID ↓ (10⁻³)", "c: FID ↓"]
 
 
 def test_directions_are_compared_with_the_printed_ones(tmp_path):

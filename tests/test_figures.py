@@ -212,6 +212,17 @@ def test_score_points_draw_each_variant(run, tmp_path):
     assert not has_colour(pixels, figures.colour("scalediff"))
 
 
+def test_differences_of_a_thousandth_do_not_fill_a_panel(run):
+    rows = where(run.scores("main"), backbone="tiny-flux", metric="clip")
+
+    def limits(step):
+        values = [30 + step * k for k in range(len(rows))]
+        return figures.score_points(rows.assign(value=values, low=values, high=values)).axes[0].get_xlim()
+
+    assert limits(0.001) == pytest.approx((28.5, 31.5), abs=0.02)
+    assert limits(1)[0] > 29  # wide enough by itself
+
+
 def test_a_figure_is_redrawn_in_other_colours_and_letters(run, tmp_path, monkeypatch):
     monkeypatch.setitem(figures.LOOKS, "npa", ("#ff00ff", "s"))
     monkeypatch.setitem(figures.RC, "font.family", ["serif"])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 from hires.analysis import tables
 from hires.analysis.results import TRUE, size_name, where
 from hires.analysis.statistics import LEVEL
-from hires.figures.style import colour, label, marker, panels, style
+from hires.figures.style import colour, label, marker, panels, short, style
 from hires.variants import VARIANTS
 
 _COLUMNS = 4
@@ -28,6 +29,7 @@ def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> F
         figure, axes = panels(rows, columns, height, sharey=True)
         for axis, name in zip(axes.flat, names):
             _points(axis, where(metrics, metric=name), variants, tables.metric(name).scale)
+            _widen(axis)
             axis.set_title(tables.metric(name).heading, loc="left")
             axis.set_xlabel(tables.metric(name).unit)
         for axis in axes.flat[len(names) :]:
@@ -35,11 +37,20 @@ def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> F
         axes[0, 0].set_yticks(range(len(variants)), [label(variant) for variant in variants])
         axes[0, 0].set_ylim(len(variants) - 0.5, -0.5)
         figure.suptitle(_heading(metrics), x=0.01, ha="left", fontsize=9)
-        notes = ["hollow: too few images for this score to be trusted"] * bool(metrics["flag"].astype(bool).any())
+        flagged = where(metrics, metric=names)["flag"].astype(bool).any()
+        notes = ["hollow: too few images for this score to be trusted"] * bool(flagged)
         if TRUE in variants and set(names) & set(tables.HALVED):
             notes.append(_HALVES)
         figure.supxlabel("; ".join(notes), fontsize=7, x=0.99, ha="right")
     return figure
+
+
+def _widen(axis: Axes) -> None:
+    """At least a tenth of the values' size across: bytes that differ by a thousandth would fill the panel."""
+    low, high = axis.get_xlim()
+    middle = (low + high) / 2
+    if high - low < 0.1 * abs(middle):
+        axis.set_xlim(middle - 0.05 * abs(middle), middle + 0.05 * abs(middle))
 
 
 _HALVES = "FID and KID of the true images: one half of them against the other"
@@ -98,7 +109,7 @@ def every_pair(paired: pd.DataFrame, names: Sequence[str]) -> Figure:
                         better = (sign * row.difference < 0) == (shown.better == "lower")
                         cells[y, x] = (row.p_holm < LEVEL) * (1 if better else -1)
                         axis.text(
-                            x, y, _short(sign * row.difference * shown.scale), ha="center", va="center", fontsize=5
+                            x, y, short(sign * row.difference * shown.scale), ha="center", va="center", fontsize=5
                         )
                 axis.imshow(
                     cells,
@@ -114,11 +125,6 @@ def every_pair(paired: pd.DataFrame, names: Sequence[str]) -> Figure:
         figure.suptitle(f"row − column, {_heading(paired).partition(', bars')[0]}", x=0.01, ha="left", fontsize=9)
         figure.supxlabel("green: the row is better, red: worse, p < .05 after Holm", fontsize=7, x=0.99, ha="right")
     return figure
-
-
-def _short(value: float) -> str:
-    text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}" if value else "0"
-    return text.replace("-", "−")
 
 
 def sweep(metrics: pd.DataFrame, column: str, names: Sequence[str], xlabel: str) -> Figure:

@@ -2,56 +2,66 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image
 
 from hires.analysis import tables
-from hires.analysis.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED, span
-from hires.analysis.results import size_name
-from hires.figures.style import panels, style
+from hires.analysis.claims import MISSING, NOT_REPRODUCED, REPRODUCED, UNDECIDED
+from hires.analysis.results import size_name, where
+from hires.figures.style import panels, short, style
 
-_VERDICTS = {REPRODUCED: ("#117733", "o"), NOT_REPRODUCED: ("#cc6677", "X"), UNDECIDED: ("#8a8a8a", "s")}
-_FARTHEST = 8.0
+_VERDICTS = {REPRODUCED: "#a9d3b4", NOT_REPRODUCED: "#eab6bd", UNDECIDED: "#e6e6e6"}
+_SIDES = {"lower": "↓", "higher": "↑", "same": "≈"}
 
 
 def verdicts(judged: pd.DataFrame) -> Figure:
-    """Every test of every claim: its difference in half widths of its own 95 % interval, expected sides to the right.
+    """Every test: claims and metrics down, backbones and sizes across, in a cell a − b in the metric's unit.
 
-    The interval is `claims.span`. Beyond ± 1 it leaves out zero; what lies beyond ± 8 is drawn there. Tests that could
-    not be made are left out, and so are those that expect no difference.
+    Green: reproduced, red: not, grey: undecided; "–" where the results don't hold both sides, empty where none is
+    planned. An arrow at a metric is the side that the paper says, ≈ that it says none.
     """
-    rows = judged[(judged["verdict"] != MISSING) & (judged["expected"] != "same")].reset_index(drop=True)
-    ends = span(rows)
-    half = ((ends["high"] - ends["low"]) / 2).astype(float)
-    side = np.where(rows["expected"] == "higher", 1.0, -1.0)
-    place = (side * rows["difference"].astype(float) / half).clip(-_FARTHEST, _FARTHEST).fillna(0.0)  # 0 / 0
+    rows = judged.dropna(subset=["backbone"])
+    lines = list(rows[["claim", "metric", "expected"]].drop_duplicates().itertuples(index=False, name=None))
+    names = [f"{claim}: {tables.metric(metric).label} {_SIDES[side]}{_unit(metric)}" for claim, metric, side in lines]
+    backbones = sorted(set(rows["backbone"]))
     with style():
-        figure, ((axis,),) = panels(1, 1, 0.6 + 0.15 * max(1, len(rows)))
-        axis.axvspan(-1, 1, color="#efefef")
-        axis.axvline(0, color="black", linewidth=0.8)
-        for y, (x, verdict) in enumerate(zip(place, rows["verdict"])):
-            shade, shape = _VERDICTS[verdict]
-            axis.plot(x, y, shape, color=shade, markersize=4)
-        sizes = [size_name(int(height), int(width)) for height, width in zip(rows["height"], rows["width"])]
-        names = [
-            f"{row.claim}: {tables.metric(row.metric).label}, {row.backbone} {size}"
-            for row, size in zip(rows.itertuples(), sizes)
-        ]
-        axis.set_yticks(range(len(names)), names, fontsize=6)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_xlim(-_FARTHEST - 0.5, _FARTHEST + 0.5)
-        places = np.arange(-_FARTHEST, _FARTHEST + 1, 2)
-        least, *between, most = (f"{x:g}".replace("-", "−") for x in places)
-        axis.set_xticks(places, [f"≤ {least}", *between, f"≥ {most}"])
-        axis.set_xlabel("difference / half its 95 % interval; to the right: as the paper says")
-        axis.grid(False, axis="y")
-        handles = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in _VERDICTS.items()]
+        figure, (axes,) = panels(1, max(1, len(backbones)), 0.9 + 0.155 * max(1, len(lines)), sharey=True)
+        for axis, backbone in zip(axes, backbones):
+            here = where(rows, backbone=backbone)
+            sizes = sorted(set(zip(here["height"].astype(int), here["width"].astype(int))))
+            cells = np.full((len(lines), len(sizes)), np.nan)
+            for row in here.itertuples():
+                y, x = (
+                    lines.index((row.claim, row.metric, row.expected)),
+                    sizes.index((int(row.height), int(row.width))),
+                )
+                missing = row.verdict == MISSING
+                cells[y, x] = np.nan if missing else [*_VERDICTS].index(row.verdict)
+                text = "–" if missing else short(row.difference * tables.metric(row.metric).scale)
+                axis.text(x, y, text, ha="center", va="center", fontsize=6)
+            axis.imshow(cells, cmap=ListedColormap([*_VERDICTS.values()]), vmin=0, vmax=2, aspect="auto")
+            axis.set_title(backbone, loc="left")
+            axis.set_xticks(range(len(sizes)), [size_name(*size) for size in sizes], fontsize=6)
+            axis.set_yticks(range(len(lines)), names, fontsize=6)
+            axis.grid(False)
+            for y, (line, after) in enumerate(pairwise(lines)):
+                if line[0] != after[0]:
+                    axis.axhline(y + 0.5, color="#b0b0b0", linewidth=0.5)
+        handles = [Patch(color=shade, label=name) for name, shade in _VERDICTS.items()]
         figure.legend(handles=handles, loc="outside upper right", ncols=3)
+        figure.supxlabel("a − b on the same prompts; ↓ ↑: the side that the paper says, ≈: no difference", fontsize=7)
     return figure
+
+
+def _unit(metric: str) -> str:
+    unit = tables.metric(metric).unit
+    return f" ({unit})" if unit else ""
 
 
 @dataclass(frozen=True)

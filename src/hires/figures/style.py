@@ -102,3 +102,9 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
         figure.savefig(target / f"{name}.png", metadata={"Software": None})
         figure.savefig(target / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return figure
+
+
+def short(value: float) -> str:
+    """A difference in a cell: signed, two digits, without a zero before the point: +.029, −1.4, +330."""
+    text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}" if value else "0"
+    return text.replace("+0.", "+.").replace("-0.", "-.").replace("-", "−")
