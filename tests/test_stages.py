@@ -508,6 +508,24 @@ def test_a_notebook_runs_with_its_parameters(tmp_path):
     assert os.listdir(tmp_path / "out") == ["n.ipynb"]
 
 
+def test_parameters_from_the_command_line_come_before_the_configurations(config, tmp_path, monkeypatch, capsys):
+    write_notebook(tmp_path / "n.ipynb", 'results = output = study = ""\nprompts = 0', "print(study, prompts + 1)")
+    monkeypatch.setattr(notebook, "NOTEBOOKS", tmp_path)
+    Path("n.yaml").write_text("extends: config.yaml\nnotebooks: {n: {study: main, prompts: 4}}\n")
+    given = ["notebook", "--config", "n.yaml", "--name", "n", "--results", "r", "--output", str(tmp_path / "out")]
+    assert main([*given, "--set", "study=tau"]) == 0
+    made = tmp_path / "out" / "figures" / "notebooks" / "n.ipynb"
+    assert nbformat.read(made, 4).cells[-1].outputs[0].text == "tau 5\n"
+    for wrong, said in (
+        ("studdy=tau", "unknown parameter of"),
+        ("study", "--set study: give NAME=VALUE"),
+        ("study=[a", "--set study=[a: not a value that YAML knows"),
+    ):
+        capsys.readouterr()
+        assert main([*given, "--set", wrong]) == 2
+        assert said in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
 def test_a_failing_cell_fails_the_notebook(tmp_path):
     write_notebook(tmp_path / "n.ipynb", "a = 1", "raise KeyError('no such column')")
     with pytest.raises(HiresError, match=r"n\.ipynb failed: KeyError: 'no such column'"):

@@ -267,7 +267,7 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise HiresError(f"--set {pair}: give NAME=VALUE, for example --set tau=300")
+            raise HiresError(f"--set {pair}: give NAME=VALUE, such as tau=300")
         settings[name.strip()] = value
     return settings
 

@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -20,14 +21,22 @@ from hires.stages import metrics
 NOTEBOOKS = Path("notebooks")
 
 
-def run(config: Config, name: str, *, results: Path | None = None, output: Path | None = None) -> None:
+def run(
+    config: Config,
+    name: str,
+    *,
+    results: Path | None = None,
+    output: Path | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Run notebooks/<name>.ipynb with the configuration's parameters for it; with `output`, any other too.
 
     `results`: the folder that it reads, the configuration's own when None. `output`: the folder that gets tables/ and
-    figures/, `results` when None. Declared output: `layout.notebook`, or <output>/figures/notebooks/<name>.ipynb.
+    figures/, `results` when None. `given`: parameters that take the place of the configuration's. Declared output:
+    `layout.notebook`, or <output>/figures/notebooks/<name>.ipynb.
     HiresError for a parameter that the notebook's `parameters` cell lacks, and for a cell that fails.
     """
-    parameters = {"results": str(results or config.root), **config.notebooks.get(name, {})}
+    parameters = {"results": str(results or config.root), **config.notebooks.get(name, {}), **given}
     if output:
         parameters["output"] = str(output)
         target = output / "figures" / "notebooks" / f"{name}.ipynb"
