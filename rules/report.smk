@@ -116,6 +116,10 @@ rule claims_page:
         "python -m nbconvert --to html --no-input --output-dir results/figures --output claims {input} 2>&1 | tee {log}"
 
 
+# The default's studies are small ones of other names.
+REFERENCE_STUDIES = {"02_ablation": "--set study=variants", "03_tau": "--set study=tau-sweep"}
+
+
 rule redraw:
     input:
         notebook="notebooks/{notebook}.ipynb",
@@ -129,9 +133,10 @@ rule redraw:
     params:
         version=VERSIONS["notebook"],
         reads=reads("notebooks/{notebook}"),
+        study=lambda wildcards: REFERENCE_STUDIES.get(wildcards.notebook, ""),
         config=CONFIG_FILE,
     message:
         "Redraw the figures of {wildcards.notebook} from results/reference"
     shell:
         "hires notebook --config {params.config} --name {wildcards.notebook} --results results/reference"
-        " --output results 2>&1 | tee {log}"
+        " --output results {params.study} 2>&1 | tee {log}"

@@ -94,6 +94,6 @@ def test_a_reference_figure_is_redrawn_as_told(tmp_path, monkeypatch):
     (code,) = blocks("results/README.md", "## Redraw")
     exec(code.replace("results/mine", str(tmp_path)), names := {})
     assert (tmp_path / "figures" / "three.png").stat().st_size > 10_000
-    rows = where(names["pairs"], study="main", setting="default", metric="kid_patch", a="upsample")
+    rows = where(names["pairs"], study="variants", setting="default", metric="kid_patch", a="upsample")
     quoted = [f"−{row.difference:.2f} [−{row.high:.2f}, −{row.low:.2f}]" for row in rows.itertuples()]
     assert len(quoted) == 2 and " | ".join(quoted) in (ROOT / "README.md").read_text()

@@ -5,12 +5,12 @@ Expected "lower" or "higher": p is corrected by Holm over all such tests that ar
 p < .05 on that side, not reproduced where p < .05 on the other, undecided at this n otherwise. Expected "same":
 reproduced where the 95% interval lies within the margin, not reproduced where it lies outside, else undecided.
 
-A difference has to hold over other prompts and over other noise. Where there are several seeds, p is the larger of that
-over prompts and that of Student's t over the seeds' own differences, and the interval spans both: a claim passes only
-if both tests do (Berger 1982), a rule whose error rates stay near their level for crossed samples (Forster and
-Dickinson 1976). Images of the stage `images` up to version 1 need it, as all prompts of a seed shared their noise, and
-a test of one seed is about that noise alone. Since version 2 every prompt has noise of its own: p over prompts is one
-over noise too, and of one seed enough. A test of one seed says that it is.
+A difference has to hold over other prompts and over other noise. Every image has noise of its own, drawn from prompt
+and trial, so p over prompts is one over noise too, and of one seed enough; a test of one seed says that it is. Where
+there are several seeds, p is the larger of that over prompts and that of Student's t over the seeds' own differences,
+and the interval spans both: a claim passes only if both tests do (Berger 1982), a rule whose error rates stay near
+their level for crossed samples (Forster and Dickinson 1976), and which stayed when images got noise of their own: it
+costs power, not validity.
 """
 
 from collections.abc import Sequence

@@ -269,9 +269,8 @@ def spread(trials: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataF
 def over_trials(trials: pd.DataFrame, pairs: Sequence[tuple[str, str]] = CONTRASTS) -> pd.DataFrame:
     """Differences a − b of each trial's own scores: their mean with 95 % of Student's t, as rows of paired.parquet.
 
-    So this interval is for other noise of the same prompts, which that over prompts doesn't hold where all images of a
-    trial share their noise (stage `images` up to version 1). n counts trials, `p_holm` is corrected for the pairs of
-    one metric.
+    So this interval is for other noise on the same prompts. n counts trials, `p_holm` is corrected for the pairs of one
+    metric.
 
     Args:
         trials: scores of each trial, of one study and setting.
