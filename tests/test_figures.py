@@ -12,6 +12,7 @@ from hires import figures
 from hires.analysis import tables
 from hires.analysis.results import TRUE, Results, where
 from hires.errors import HiresError
+from hires.figures.style import short
 from hires.variants import VARIANTS
 
 
@@ -221,6 +222,46 @@ def test_differences_of_a_thousandth_do_not_fill_a_panel(run):
 
     assert limits(0.001) == pytest.approx((28.5, 31.5), abs=0.02)
     assert limits(1)[0] > 29  # wide enough by itself
+
+
+def test_outliers_are_told_at_the_edge(run, tmp_path):
+    rows = where(run.scores("main"), backbone="tiny-flux", metric="clip").drop_duplicates("variant")
+    truth = rows["variant"] == TRUE
+    values = np.where(truth, 500.0, 30 + np.arange(len(rows)) % 3)
+    far = np.flatnonzero(~truth)[-1]
+    values[far] = -4000.0
+    (axis,) = figures.score_points(rows.assign(value=values, low=values - 1, high=values + 1)).axes
+    assert [text.get_text() for text in axis.texts] == ["−4000"]  # true images stay inside
+    left, right = axis.get_xlim()
+    assert -600 < left < 0 and right > 500
+    (arrow,) = [line for line in axis.lines if line.get_marker() == "<"]
+    assert arrow.get_ydata()[0] == tables.variants_of(rows).index(rows["variant"].iloc[far])
+
+    pairs = [("npa", "upsample", 0.2), ("npa", "direct", -0.3), ("npa", "scalediff", 0.1), ("direct", "upsample", 40.0)]
+    place = {"backbone": "tiny-flux", "height": 64, "width": 64, "metric": "clip", "n": 9}
+    near = pd.DataFrame(
+        [{**place, "a": a, "b": b, "difference": d, "low": d - 0.1, "high": d + 0.1} for a, b, d in pairs]
+    )
+    figure = figures.paired_differences(near)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["+40"]
+    assert figure.axes[0].get_xlim()[1] < 3 and "outside the panel" in figure.get_supxlabel()
+    assert "outside" not in figures.paired_differences(near[:3]).get_supxlabel()
+
+
+@pytest.mark.parametrize(
+    ("value", "sign", "text"),
+    [
+        (0.0293, "+", "+.029"),
+        (-0.5, "+", "−.5"),
+        (-1.44, "+", "−1.4"),
+        (330.2, "+", "+330"),
+        (0, "+", "0"),
+        (0.25, "", ".25"),
+        (10.4, "", "10"),
+    ],
+)
+def test_numbers_in_cells_are_short(value, sign, text):
+    assert short(value, sign) == text
 
 
 def test_a_figure_is_redrawn_in_other_colours_and_letters(run, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def score_points(metrics: pd.DataFrame, names: Sequence[str] | None = None) -> F
         figure.suptitle(_heading(metrics), x=0.01, ha="left", fontsize=9)
         flagged = where(metrics, metric=names)["flag"].astype(bool).any()
         notes = ["hollow: too few images for this score to be trusted"] * bool(flagged)
+        notes += [_OUTSIDE] * _has_arrows(figure)
         if TRUE in variants and set(names) & set(tables.HALVED):
             notes.append(_HALVES)
         figure.supxlabel("; ".join(notes), fontsize=7, x=0.99, ha="right")
@@ -68,9 +69,13 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
         for axis, name in zip(axes.flat, names):
             scale = tables.metric(name).scale
             axis.axvline(0, color="black", linewidth=0.8)
+            edge = _reach(where(paired, metric=name)) * scale
             for y, (a, b) in enumerate(pairs):
                 for row in where(paired, metric=name, a=a, b=b).itertuples():
                     value, low, high = row.difference * scale, row.low * scale, row.high * scale
+                    if abs(value) > edge:
+                        _beyond(axis, edge if value > 0 else -edge, y, value > 0, short(value), colour(a))
+                        continue
                     axis.plot([low, high], [y, y], color=colour(a))
                     face = colour(a) if tables.excludes_zero(low, high) else "white"
                     axis.plot(value, y, marker(a), color=colour(a), markerfacecolor=face)
@@ -83,8 +88,32 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
         axes[0, 0].set_yticks(range(len(pairs)), [tables.pair_label(a, b) for a, b in pairs])
         axes[0, 0].set_ylim(len(pairs) - 0.5, -0.5)
         figure.suptitle(f"paired differences, {_heading(paired)}", x=0.01, ha="left", fontsize=9)
-        figure.supxlabel("hollow: the interval holds zero, or has no width", fontsize=7, x=0.99, ha="right")
+        notes = ["hollow: the interval holds zero, or has no width"] + [_OUTSIDE] * _has_arrows(figure)
+        figure.supxlabel("; ".join(notes), fontsize=7, x=0.99, ha="right")
     return figure
+
+
+def _reach(rows: pd.DataFrame, centre: float = 0.0) -> float:
+    """How far from `centre` a panel reaches: not so far that a few outliers leave the others no room."""
+    reach = (rows[["low", "high"]] - centre).abs().max(axis=1)
+    largest, usual = float(reach.max()), float(reach.median())
+    return min(largest, 5 * usual) if usual else largest
+
+
+def _beyond(axis: Axes, edge: float, y: int, right: bool, text: str, shade: str) -> None:
+    """An arrow at the edge of a panel, for a value that lies outside, and what it is."""
+    axis.plot(edge, y, ">" if right else "<", color=shade)
+    inwards, align = ((-6, 0), "right") if right else ((6, 0), "left")
+    axis.annotate(
+        text, (edge, y), xytext=inwards, textcoords="offset points", ha=align, va="center", fontsize=6, color=shade
+    )
+
+
+def _has_arrows(figure: Figure) -> bool:
+    return any(axis.texts for axis in figure.axes)
+
+
+_OUTSIDE = "arrow and number: outside the panel"
 
 
 def every_pair(paired: pd.DataFrame, names: Sequence[str]) -> Figure:
@@ -208,9 +237,17 @@ def spectra(
     return figure
 
 
-def _points(axis, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> None:
+def _points(axis: Axes, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> None:
+    centre = float(rows["value"].median())
+    truth = where(rows, variant=TRUE)["value"]
+    reach = max(_reach(rows, centre), *(truth - centre).abs(), 0.0)
     for y, variant in enumerate(variants):
         for row in where(rows, variant=variant).itertuples():
+            if abs(row.value - centre) > reach:
+                right = row.value > centre
+                edge = (centre + reach if right else centre - reach) * scale
+                _beyond(axis, edge, y, right, short(row.value * scale, ""), colour(variant))
+                continue
             axis.plot([row.low * scale, row.high * scale], [y, y], color=colour(variant))
             face = "white" if row.flag else colour(variant)
             axis.plot(row.value * scale, y, marker(variant), color=colour(variant), markerfacecolor=face)

@@ -104,7 +104,10 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
     return figure
 
 
-def short(value: float) -> str:
-    """A difference in a cell: signed, two digits, without a zero before the point: +.029, −1.4, +330."""
-    text = f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}" if value else "0"
-    return text.replace("+0.", "+.").replace("-0.", "-.").replace("-", "−")
+def short(value: float, sign: str = "+") -> str:
+    """A number in a cell: two digits, no zero before the point: +.029, −1.4, +330; `sign` "": .029."""
+    text = f"{value:{sign}.0f}" if abs(value) >= 10 else f"{value:{sign}.2g}" if value else "0"
+    for zero, none in (("+0.", "+."), ("-0.", "-."), ("0.", ".")):
+        if text.startswith(zero):
+            text = none + text.removeprefix(zero)
+    return text.replace("-", "−")
