@@ -1,5 +1,6 @@
 """The studies' configurations, and how a run that is cut, or spread over machines, still gives their scores."""
 
+import json
 import os
 import re
 import shutil
@@ -229,6 +230,17 @@ def test_costs_are_measured_apart_and_promoted(whole, tmp_path, monkeypatch, cap
     tests = parquet.read_frame(Path("results/reference/paired.parquet"))
     (difference,) = tests[(tests["metric"] == "seconds") & (tests["backbone"] == "tiny-flux")]["difference"]
     assert difference == seconds.loc["upsample", "value"] - seconds.loc["npa", "value"]
+
+    capsys.readouterr()
+    assert main(["costs", "--config", "config.yaml", "--backbone", "tiny-flux", "--batches", "1"]) == 2
+    assert "--batches 1: allowed: 2 or more" in capsys.readouterr().err
+    (again, left) = measured
+    before = read_json(layout.costs(config, again))["seconds"]
+    layout.costs(config, again).write_text(
+        json.dumps({**read_json(layout.costs(config, again)), "seconds": before * 2})
+    )
+    assert main(["costs", "--config", "config.yaml", "--backbone", "tiny-flux", "--batches", "4"]) == 0
+    assert [len(read_json(layout.costs(config, made))["seconds"]) for made in (again, left)] == [6, 4]  # six are enough
 
 
 def test_the_interval_of_seconds_is_students():

@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", action="append", help="name in backbones, repeatable; all when left out")
     parser.add_argument("--study", action="append", help="name in studies, repeatable; all when left out")
+    parser.add_argument(
+        "--batches", type=int, default=3, help="of 32 images each, after one to warm up; more narrow the interval"
+    )
     parser.add_argument("--seconds", type=float, help="begin no image set that would end later")
 
 
@@ -31,5 +34,5 @@ def run(args: argparse.Namespace) -> None:
         left = None if end is None else end - time.monotonic()
         with claim(config.root):
             store_config(config)
-            missing = costs.run(config, backbones=args.backbone, studies=args.study, seconds=left)
+            missing = costs.run(config, backbones=args.backbone, studies=args.study, seconds=left, batches=args.batches)
         print(f"{config.root}: {'all measured' if not missing else f'{missing} image sets are left'}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hires import layout, provenance, shards
 from hires.config import Config, ImageSet
-from hires.errors import unknown
+from hires.errors import HiresError, unknown
 from hires.execution.devices import locked_device
 from hires.files.storage import digest, read_json, remade, write_json
 from hires.shards import Clock
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 METRICS = ("seconds", "peak_bytes")
 BATCH = 32
-REPEATS = 3
+BATCHES = 3
 
 
 def run(
@@ -29,13 +29,17 @@ def run(
     backbones: Sequence[str] | None = None,
     studies: Sequence[str] | None = None,
     seconds: float | None = None,
+    batches: int = BATCHES,
 ) -> int:
     """Measure the image sets that aren't yet, of some `backbones` and `studies` or of all; how many are missing.
 
     A set is measured on one batch, its first BATCH prompts (or the configuration's batch size, if that is smaller):
-    once to warm up, then REPEATS times, base and decoding included. Nothing is kept of the images. `seconds`: after
-    these no set is begun. Declared output, per image set: `layout.costs`.
+    once to warm up, then `batches` times, base and decoding included; one that was measured fewer times is measured
+    anew. Nothing is kept of the images. `seconds`: after these no set is begun. Declared output, per image set:
+    `layout.costs`.
     """
+    if batches < 2:
+        raise HiresError(f"--batches {batches}: allowed: 2 or more, as an interval needs them")
     for name in backbones or ():
         if name not in config.backbones:
             raise unknown("backbone", name, config.backbones)
@@ -47,7 +51,7 @@ def run(
         for images in sorted(config.image_sets(), key=lambda made: [*config.backbones].index(made.backbone))
         if images.backbone in (backbones or config.backbones)
         and images.study in (studies or config.studies)
-        and not _measured(config, images)
+        and _measured(config, images) < batches
     ]
     if not layout.prompts(config).is_file():
         prompts.run(config)
@@ -58,17 +62,20 @@ def run(
             if clock.over(kind):
                 return len(todo) - done
             with clock.timed(kind):
-                write_json(layout.costs(config, images), _measure(config, images, device))
+                write_json(layout.costs(config, images), _measure(config, images, device, batches))
     return 0
 
 
-def _measured(config: Config, images: ImageSet) -> bool:
-    """Whether it was measured with this very configuration."""
+def _measured(config: Config, images: ImageSet) -> int:
+    """How many batches were measured with this very configuration."""
     file = layout.costs(config, images)
-    return file.is_file() and read_json(file)["provenance"]["config"] == provenance.config_digest(config)
+    if not file.is_file():
+        return 0
+    cost = read_json(file)
+    return len(cost["seconds"]) if cost["provenance"]["config"] == provenance.config_digest(config) else 0
 
 
-def _measure(config: Config, images: ImageSet, device: str) -> dict[str, Any]:
+def _measure(config: Config, images: ImageSet, device: str, batches: int) -> dict[str, Any]:
     from hires.additions.adapters import adapter_digests
     from hires.cascade import cascade, decode
     from hires.execution.meter import Meter
@@ -83,7 +90,7 @@ def _measure(config: Config, images: ImageSet, device: str) -> dict[str, Any]:
     seeds = [shards.noise_seed(text, images.seeds[0]) for text in texts]
     taken: list[float] = []
     peak = 0
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + batches):
         spent = 0.0
         for stage in cascade(backbone, texts, seeds, variant, images.height, images.width, sampling):
             spent += stage.seconds
