@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", action="append", help="name in backbones, repeatable; all when left out")
     parser.add_argument("--study", action="append", help="name in studies, repeatable; all when left out")
     parser.add_argument(
-        "--batches", type=int, default=3, help="of 32 images each, after one to warm up; more narrow the interval"
+        "--batches", type=int, default=3, help="of 32 images, after one to warm up (default: 3); more narrow intervals"
     )
     parser.add_argument("--seconds", type=float, help="begin no image set that would end later")
 

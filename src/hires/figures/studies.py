@@ -37,10 +37,8 @@ def verdicts(judged: pd.DataFrame) -> Figure:
             sizes = sorted(set(zip(here["height"].astype(int), here["width"].astype(int))))
             cells = np.full((len(lines), len(sizes)), np.nan)
             for row in here.itertuples():
-                y, x = (
-                    lines.index((row.claim, row.metric, row.expected)),
-                    sizes.index((int(row.height), int(row.width))),
-                )
+                y = lines.index((row.claim, row.metric, row.expected))
+                x = sizes.index((int(row.height), int(row.width)))
                 missing = row.verdict == MISSING
                 cells[y, x] = np.nan if missing else [*_VERDICTS].index(row.verdict)
                 text = "–" if missing else short(row.difference * tables.metric(row.metric).scale)
