@@ -246,6 +246,9 @@ def test_outliers_are_told_at_the_edge(run, tmp_path):
     assert [text.get_text() for text in figure.axes[0].texts] == ["+40"]
     assert figure.axes[0].get_xlim()[1] < 3 and "outside the panel" in figure.get_supxlabel()
     assert "outside" not in figures.paired_differences(near[:3]).get_supxlabel()
+    wide = near.assign(high=near["high"].where(near["difference"] != 0.1, 1.9))  # still within five times the usual
+    arrows = [line for line in figures.paired_differences(wide).axes[0].lines if line.get_marker() == ">"]
+    assert [line.get_xdata().tolist() for line in arrows] == [[1.9]]
 
 
 @pytest.mark.parametrize(

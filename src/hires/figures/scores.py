@@ -69,9 +69,10 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
         for axis, name in zip(axes.flat, names):
             scale = tables.metric(name).scale
             axis.axvline(0, color="black", linewidth=0.8)
-            edge = _reach(where(paired, metric=name)) * scale
+            tests = where(paired, metric=name)
+            edge = _reach(tests, tests["difference"]) * scale
             for y, (a, b) in enumerate(pairs):
-                for row in where(paired, metric=name, a=a, b=b).itertuples():
+                for row in where(tests, a=a, b=b).itertuples():
                     value, low, high = row.difference * scale, row.low * scale, row.high * scale
                     if abs(value) > edge:
                         _beyond(axis, edge if value > 0 else -edge, y, value > 0, short(value), colour(a))
@@ -93,11 +94,11 @@ def paired_differences(paired: pd.DataFrame, names: Sequence[str] | None = None)
     return figure
 
 
-def _reach(rows: pd.DataFrame, centre: float = 0.0) -> float:
+def _reach(rows: pd.DataFrame, values: pd.Series, centre: float = 0.0) -> float:
     """How far from `centre` a panel reaches: not so far that a few outliers leave the others no room."""
     reach = (rows[["low", "high"]] - centre).abs().max(axis=1)
-    largest, usual = float(reach.max()), float(reach.median())
-    return min(largest, 5 * usual) if usual else largest
+    usual = 5 * reach.median() or reach.max()
+    return float(reach[(values - centre).abs() <= usual].max())
 
 
 def _beyond(axis: Axes, edge: float, y: int, right: bool, text: str, shade: str) -> None:
@@ -240,7 +241,7 @@ def spectra(
 def _points(axis: Axes, rows: pd.DataFrame, variants: Sequence[str], scale: float) -> None:
     centre = float(rows["value"].median())
     truth = where(rows, variant=TRUE)["value"]
-    reach = max(_reach(rows, centre), *(truth - centre).abs(), 0.0)
+    reach = max(_reach(rows, rows["value"], centre), *(truth - centre).abs(), 0.0)
     for y, variant in enumerate(variants):
         for row in where(rows, variant=variant).itertuples():
             if abs(row.value - centre) > reach:
