@@ -56,7 +56,12 @@ class Metric:
     @property
     def title(self) -> str:
         """Heading with unit."""
-        return self.heading + (f" ({self.unit})" if self.unit else "")
+        return self.heading + self.in_unit
+
+    @property
+    def in_unit(self) -> str:
+        """The unit in brackets, to stand behind a name; nothing where there is none."""
+        return f" ({self.unit})" if self.unit else ""
 
 
 METRICS = {
@@ -360,7 +365,7 @@ def protocol_gains(scores: pd.DataFrame, paired: pd.DataFrame, a: str, b: str) -
                 {
                     "backbone": test.backbone,
                     "size": size_name(test.height, test.width),
-                    "score": shown.label + (f" ({shown.unit})" if shown.unit else ""),
+                    "score": shown.label + shown.in_unit,
                     f"{a} − {b}": _signed(test, shown),
                     "other protocol": metric(other).label.partition(", ")[2],
                     f"{a} − {b} by it": _signed(twins[0], shown),

@@ -28,7 +28,8 @@ def verdicts(judged: pd.DataFrame) -> Figure:
     """
     rows = judged.dropna(subset=["backbone"])
     lines = list(rows[["claim", "metric", "expected"]].drop_duplicates().itertuples(index=False, name=None))
-    names = [f"{claim}: {tables.metric(metric).label} {_SIDES[side]}{_unit(metric)}" for claim, metric, side in lines]
+    metrics = [tables.metric(name) for _, name, _ in lines]
+    names = [f"{line[0]}: {shown.label} {_SIDES[line[2]]}{shown.in_unit}" for line, shown in zip(lines, metrics)]
     backbones = sorted(set(rows["backbone"]))
     with style():
         figure, (axes,) = panels(1, max(1, len(backbones)), 0.9 + 0.155 * max(1, len(lines)), sharey=True)
@@ -41,7 +42,7 @@ def verdicts(judged: pd.DataFrame) -> Figure:
                 x = sizes.index((int(row.height), int(row.width)))
                 missing = row.verdict == MISSING
                 cells[y, x] = np.nan if missing else [*_VERDICTS].index(row.verdict)
-                text = "–" if missing else short(row.difference * tables.metric(row.metric).scale)
+                text = "–" if missing else short(row.difference * metrics[y].scale)
                 axis.text(x, y, text, ha="center", va="center", fontsize=6)
             axis.imshow(cells, cmap=ListedColormap([*_VERDICTS.values()]), vmin=0, vmax=2, aspect="auto")
             axis.set_title(backbone, loc="left")
@@ -55,11 +56,6 @@ def verdicts(judged: pd.DataFrame) -> Figure:
         figure.legend(handles=handles, loc="outside upper right", ncols=3)
         figure.supxlabel("a − b on the same prompts; ↓ ↑: the side that the paper says, ≈: no difference", fontsize=7)
     return figure
-
-
-def _unit(metric: str) -> str:
-    unit = tables.metric(metric).unit
-    return f" ({unit})" if unit else ""
 
 
 @dataclass(frozen=True)
